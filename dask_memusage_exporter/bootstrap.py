@@ -1,0 +1,81 @@
+"""The plugin that is pushed to workers by value: imports us there, or says that it can't.
+
+A worker that cannot unpickle a plugin dies at registration, and then no worker can join. So what
+travels is this module's source text inside a pickle of builtins: it loads on any worker and any
+Python that distributed runs on, with our package or without it, and decides there.
+
+This module may import the standard library and distributed only.
+"""
+
+import logging
+
+from distributed.diagnostics.plugin import WorkerPlugin
+
+logger = logging.getLogger("dask_memusage_exporter.bootstrap")
+
+
+class Bootstrap(WorkerPlugin):
+    """Starts measuring on a worker that has the package; counts as ``missing`` where it has not.
+
+    Parameters
+    ----------
+    options : dict
+        See ``WorkerAgent.activate``. Plain types only.
+    """
+
+    name = "memusage"
+
+    def __init__(self, options):
+        self.options = options
+
+    def setup(self, worker):
+        """Import the package and begin; never raise: that would close the worker."""
+        try:
+            from dask_memusage_exporter.worker import attach
+
+            # The agent's own method in our place: one call less a transition.
+            self.transition = attach(worker, self.options).transition
+        except Exception as error:
+            logger.warning(
+                "dask-memusage: tasks on this worker are not measured (%s: %s). They run as usual. "
+                "Mend: install dask-memusage-exporter in the worker's environment, or correct the "
+                "setting",
+                type(error).__name__,
+                error,
+            )
+            worker.metrics["memusage"] = _missing
+
+    def teardown(self, worker):
+        """Stop measuring, unless a plugin of this name takes over at once."""
+        agent = worker.extensions.get("memusage")
+        if agent is not None:
+            agent.release()
+
+
+def _missing(worker):
+    return {"source": "missing"}
+
+
+def load(source, options):
+    """Return the expression and its names whose value is a Bootstrap, wherever it is evaluated."""
+    expression = "(exec(source, names), names['Bootstrap'](options))[1]"
+    return expression, {
+        "source": source,
+        "options": options,
+        "names": {"__name__": "dask_memusage_exporter.bootstrap"},
+    }
+
+
+class ByValue(WorkerPlugin):
+    """Pickles as a :class:`Bootstrap` that needs nothing of ours to be unpickled."""
+
+    name = "memusage"
+
+    def __init__(self, options):
+        self.options = options
+
+    def __reduce__(self):
+        from importlib import resources
+
+        source = resources.files("dask_memusage_exporter").joinpath("bootstrap.py").read_text()
+        return eval, load(source, self.options)

@@ -1,0 +1,104 @@
+"""The one list of metrics: name, kind, unit, labels, help, where, stability.
+
+Exporters build their families from it, and docs, dashboards and rules are checked against it.
+
+To add a metric: 1. a line here, 2. its samples in ``exporters/prometheus.py``, 3. run
+``make docs`` for the table in ``docs/metrics.md``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class MetricSpec(NamedTuple):
+    """One metric. The full name is ``{namespace}_{worker|scheduler}_{name}``."""
+
+    name: str
+    #: ``histogram``, ``gauge``, ``counter`` or ``info``, as in OpenMetrics.
+    kind: str
+    #: ``bytes``, ``seconds`` or empty.
+    unit: str
+    labels: tuple[str, ...]
+    help: str
+    #: Whose ``/metrics`` shows it.
+    on: tuple[str, ...]
+    stability: str = "stable"
+
+
+_PREFIX = ("task_prefix_name",)
+_WORKER, _SCHEDULER, _BOTH = ("worker",), ("scheduler",), ("worker", "scheduler")
+
+METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec(
+        "task_memory_peak_bytes", "histogram", "bytes", _PREFIX,
+        "Peak resident memory of the process (children included) while a task ran; "
+        "everybody's when tasks overlap.",
+        _WORKER,
+    ),
+    MetricSpec(
+        "task_memory_growth_bytes", "histogram", "bytes", _PREFIX,
+        "What a task itself added at its peak; only tasks of scope process.",
+        _WORKER,
+    ),
+    MetricSpec(
+        "task_memory_peak_maximum_bytes", "gauge", "bytes", _PREFIX,
+        "Largest peak in the last memusage.maximum-window; a scrape changes nothing.",
+        _WORKER,
+    ),
+    MetricSpec(
+        "task_memory_growth_maximum_bytes", "gauge", "bytes", _PREFIX,
+        "Largest growth in the last memusage.maximum-window; a scrape changes nothing.",
+        _WORKER,
+    ),
+    MetricSpec(
+        "task_memory_tasks", "counter", "", (*_PREFIX, "scope"),
+        "Executions measured, by whose number the measurement is.",
+        _WORKER,
+    ),
+    MetricSpec(
+        "task_memory_dropped_records", "counter", "", ("reason",),
+        "Records that were lost, by reason.",
+        _BOTH,
+    ),
+    MetricSpec(
+        "task_memory_errors", "counter", "", ("stage",),
+        "Errors of the exporter itself, by stage; no task was affected.",
+        _BOTH,
+    ),
+    MetricSpec(
+        "task_memory_overhead_seconds", "counter", "seconds", ("stage",),
+        "Time that the exporter itself has spent, by stage.",
+        _BOTH,
+    ),
+    MetricSpec(
+        "task_memory_prefixes", "gauge", "", (),
+        "Task prefixes that have a label of their own.",
+        _WORKER,
+    ),
+    MetricSpec(
+        "task_memory_overflow_tasks", "counter", "", (),
+        "Tasks that count under __overflow__, beyond memusage.max-prefixes.",
+        _WORKER,
+    ),
+    MetricSpec(
+        "task_memory_exporter", "info", "", ("exporter_version", "source"),
+        "The exporter's version, and on workers where peaks come from.",
+        _BOTH,
+    ),
+    MetricSpec(
+        "memory_limit_bytes", "gauge", "bytes", (),
+        "The worker's memory limit; absent where there is none.",
+        _WORKER,
+    ),
+    MetricSpec(
+        "task_memory_workers", "gauge", "", ("source",),
+        "Connected workers by where their peaks come from; missing: the worker is not measured.",
+        _SCHEDULER,
+    ),
+)  # fmt: skip
+
+BY_NAME = {metric.name: metric for metric in METRICS}
+
+#: Values of the label ``source`` on the scheduler.
+SOURCES = ("kernel", "polling", "missing")

@@ -1,0 +1,210 @@
+"""Settings: read from ``dask.config`` key ``memusage``, checked once, frozen.
+
+Covers: names, types and ranges of every key in ``memusage.yaml``, the one list of defaults.
+Does not cover: whether a path can be written or a source works here; who uses it finds out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import yaml
+from dask.utils import parse_bytes, parse_timedelta
+
+MIB = 2**20
+
+#: Upper bounds of both histograms in bytes: 1 and 1.5 times 2^k MiB, 1 MiB to 256 GiB.
+DEFAULT_BUCKETS: tuple[int, ...] = tuple(
+    sorted([2**k * MIB for k in range(19)] + [3 * 2**k * MIB // 2 for k in range(18)])
+)
+
+#: What ``trim: true`` stands for: the share of a worker's time.
+DEFAULT_TRIM_SHARE = 0.05
+
+#: A worker's own value of these wins over the scheduler's: they say how to measure, and the
+#: machine decides that. All else (prefixes, rows) must be the same in a whole cluster.
+WORKER_KEYS = frozenset({"source", "kernel-reset", "trim"})
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or out of range; the message names key, value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked settings, one field a key of ``memusage.yaml``.
+
+    ``maximum_window`` is in seconds, ``buckets`` in bytes without the closing infinity,
+    ``trim`` a share of time from 0 (off) to 0.5.
+    """
+
+    csv_path: str | None
+    csv_columns: str
+    source: str
+    kernel_reset: bool
+    trim: float
+    max_prefixes: int
+    maximum_window: float
+    buckets: tuple[int, ...]
+    worker_metrics: str
+
+    @classmethod
+    def load(cls, base: Mapping[str, Any] | None = None) -> Settings:
+        """Read and check the settings of this process.
+
+        Parameters
+        ----------
+        base
+            Explicit settings of the scheduler (see :func:`explicit`). They stand below this
+            process's own for the keys in :data:`WORKER_KEYS` and above them for all others.
+
+        Raises
+        ------
+        ConfigError
+            The first setting that is unknown or out of range.
+        """
+        own = explicit()
+        values = _flatten(_defaults())
+        if base is not None:
+            own = {key: value for key, value in own.items() if key in WORKER_KEYS}
+            values.update({key: value for key, value in base.items() if key in values})
+        for key, value in own.items():
+            if key not in values:
+                raise ConfigError(f"memusage.{key}: there is no such setting{_hint(key, values)}")
+            values[key] = value
+        return cls(
+            **{
+                key.replace(".", "_").replace("-", "_"): _CHECKS[key](f"memusage.{key}", value)
+                for key, value in values.items()
+            }
+        )
+
+
+def explicit() -> dict[str, Any]:
+    """Return what somebody has set under ``memusage``, flat: ``{"csv.path": "x.csv"}``.
+
+    Defaults are not in ``dask.config``, so that what was said can be told from what was not.
+    """
+    tree = dask.config.get("memusage", {})
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"memusage: {tree!r} is not a mapping of settings; see memusage.yaml")
+    return _flatten(tree)
+
+
+def prometheus_namespace() -> str:
+    """Return the prefix of all metric names, as Dask's own setting has it (may be empty)."""
+    return dask.config.get("distributed.dashboard.prometheus.namespace", default="dask") or ""
+
+
+def _defaults() -> Mapping[str, Any]:
+    text = (Path(__file__).parent / "memusage.yaml").read_text()
+    defaults: Mapping[str, Any] = yaml.safe_load(text)["memusage"]
+    return defaults
+
+
+def _flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        # Dask reads names from the environment with underscores, from files with hyphens.
+        key = above + str(name).replace("_", "-")
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, key + "."))
+        else:
+            flat[key] = value
+    return flat
+
+
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"; did you mean memusage.{close[0]}?"
+    return "; the settings are " + ", ".join(sorted(known))
+
+
+def _one_of(*allowed: str) -> Callable[[str, object], str]:
+    def check(key: str, value: object) -> str:
+        # YAML 1.1 reads a bare `off` as false.
+        value = "off" if value is False and "off" in allowed else value
+        if value not in allowed:
+            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
+        return str(value)
+
+    return check
+
+
+def _path(key: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{key}: {value!r} is not a file's path")
+    return value
+
+
+def _boolean(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: {value!r} is not true or false")
+    return value
+
+
+def _share(key: str, value: object) -> float:
+    if isinstance(value, bool):
+        return DEFAULT_TRIM_SHARE if value else 0.0
+    if not isinstance(value, (int, float)) or not 0 <= value <= 0.5:
+        raise ConfigError(f"{key}: {value!r} is not true, false or a share from 0 to 0.5")
+    return float(value)
+
+
+def _prefixes(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10_000:
+        raise ConfigError(f"{key}: {value!r} is not a whole number from 1 to 10000")
+    return value
+
+
+def _seconds(key: str, value: object) -> float:
+    wrong = ConfigError(f"{key}: {value!r} is not a time span from 10s to 1 day, such as '10m'")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise wrong
+    try:
+        seconds = float(parse_timedelta(value))
+    except (ValueError, KeyError):
+        raise wrong from None
+    if not 10 <= seconds <= 86_400:
+        raise wrong
+    return seconds
+
+
+def _buckets(key: str, value: object) -> tuple[int, ...]:
+    if value is None:
+        return DEFAULT_BUCKETS
+    wrong = ConfigError(
+        f"{key}: {value!r} is not a list of 1 to 200 rising sizes above 0, such as [1MiB, 1GiB]"
+    )
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 200:
+        raise wrong
+    try:
+        bounds = tuple(parse_bytes(bound) for bound in value)
+    except (ValueError, TypeError, AttributeError):
+        raise wrong from None
+    if bounds[0] <= 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise wrong
+    return bounds
+
+
+_CHECKS: dict[str, Callable[[str, object], Any]] = {
+    "csv.path": _path,
+    "csv.columns": _one_of("task", "full"),
+    "source": _one_of("auto", "kernel", "polling"),
+    "kernel-reset": _boolean,
+    "trim": _share,
+    "max-prefixes": _prefixes,
+    "maximum-window": _seconds,
+    "buckets": _buckets,
+    "worker-metrics": _one_of("auto", "full", "totals", "off"),
+}

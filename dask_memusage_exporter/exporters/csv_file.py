@@ -1,0 +1,110 @@
+"""The CSV of dask-memusage, and the same with every field of the record.
+
+Covers: the three old columns exactly, all columns of ``TaskMemory`` behind them, a row on disk
+when ``write`` returns, a disk that fills (whole rows only, each lost one counted).
+Does not cover: rotation. An existing file is overwritten, as by the old tool.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from typing import Any
+
+from dask_memusage_exporter.config import MIB
+from dask_memusage_exporter.health import Health
+from dask_memusage_exporter.records import TaskMemory
+
+#: What dask-memusage 1.1 writes; MB are 2**20 bytes.
+TASK_COLUMNS = ("task_key", "min_memory_mb", "max_memory_mb")
+
+#: What ``memusage.csv.columns: full`` appends, in this order.
+FULL_COLUMNS = (*TASK_COLUMNS, *TaskMemory._fields[1:])
+
+#: The old file has a row for these only.
+_OLD_STATUSES = frozenset({"finished", "erred"})
+
+
+class CsvFile:
+    """A CSV file with one row a record.
+
+    Parameters
+    ----------
+    path
+        Overwritten if it is there. Relative to the scheduler's working directory.
+    columns
+        ``task`` or ``full``.
+    health
+        Where lost rows are counted.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written; the message says how to mend it.
+    """
+
+    def __init__(self, path: str, *, columns: str, health: Health) -> None:
+        self.path = os.path.abspath(path)
+        self.columns = columns
+        self._health = health
+        self._full = columns == "full"
+        self._line = io.StringIO()
+        self._writer = csv.writer(self._line, lineterminator="\r\n")
+        try:
+            self._fd = os.open(
+                self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
+            )
+            try:
+                self._size = 0
+                self._append(FULL_COLUMNS if self._full else TASK_COLUMNS)
+            except OSError:
+                os.close(self._fd)
+                raise
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"the CSV file cannot be written ({error.strerror}); give a path in a directory "
+                "that exists and that the scheduler's process may write to",
+                self.path,
+            ) from None
+
+    def write(self, record: TaskMemory) -> None:
+        """Append one row, if the format has one for such a record."""
+        if not self._full and record.status not in _OLD_STATUSES:
+            return
+        row: tuple[Any, ...] = (
+            record.key,
+            record.start_bytes / MIB,
+            record.peak_bytes / MIB,
+        )
+        if self._full:
+            row += record[1:]
+        try:
+            self._append(row)
+        except OSError as error:
+            self._health.drop("csv_write")
+            self._health.error("csv", error)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _append(self, row: tuple[Any, ...]) -> None:
+        """Write a whole row or nothing of it. No buffer: the row is there when this returns."""
+        self._line.seek(0)
+        self._line.truncate()
+        self._writer.writerow(row)
+        line = self._line.getvalue().encode("utf-8", "surrogateescape")
+        try:
+            written = os.write(self._fd, line)
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+        except OSError:
+            # Part of the row may be there: take it off, so that the next one starts a line.
+            os.ftruncate(self._fd, self._size)
+            os.lseek(self._fd, self._size, os.SEEK_SET)
+            raise
+        self._size += len(line)

@@ -1,0 +1,90 @@
+"""Our own health: errors, time spent and records lost, counted where they happen.
+
+Every call of ours that stands in a user's way goes through :meth:`Health.guard`, so that an error
+of ours is counted, logged once a stage, and never reaches the task.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from types import TracebackType
+
+logger = logging.getLogger(__name__)
+
+#: Values of the label ``stage``.
+STAGES = ("start", "stop", "record", "send", "aggregate", "render", "csv", "export")
+
+#: Values of the label ``reason`` of dropped records.
+DROP_REASONS = (
+    "disconnected",
+    "queue_full",
+    "csv_write",
+    "span_export",
+    "worker_gone",
+    "invalid",
+)
+
+
+class Health:
+    """Counters of one process or scheduler. All start at 0, so that a first rise is seen."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.errors = dict.fromkeys(STAGES, 0)
+        #: Seconds spent.
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.dropped = dict.fromkeys(DROP_REASONS, 0)
+        self._logged: set[tuple[str, str]] = set()
+
+    def guard(self, stage: str) -> _Guard:
+        """Return a context that times its body and swallows, counts and logs its errors."""
+        return _Guard(self, stage)
+
+    def error(self, stage: str, error: Exception) -> None:
+        """Count an error; log the first of its kind in a stage."""
+        kind = (stage, type(error).__name__)
+        with self._lock:
+            self.errors[stage] += 1
+            first = kind not in self._logged
+            self._logged.add(kind)
+        if first:
+            logger.warning(
+                "dask-memusage: %s failed (%s: %s); the task is not affected, further errors of "
+                "this kind are only counted",
+                stage,
+                type(error).__name__,
+                error,
+                exc_info=logger.isEnabledFor(logging.DEBUG),
+            )
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count records that are lost."""
+        with self._lock:
+            self.dropped[reason] += count
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Add to the time spent."""
+        with self._lock:
+            self.seconds[stage] += seconds
+
+
+class _Guard:
+    # A class and not a generator: this stands on the task's thread, twice a task.
+    __slots__ = ("_began", "_health", "_stage")
+
+    def __init__(self, health: Health, stage: str) -> None:
+        self._health, self._stage = health, stage
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> bool:
+        self._health.spent(self._stage, time.perf_counter() - self._began)
+        if isinstance(error, Exception):
+            self._health.error(self._stage, error)
+            return True
+        return False

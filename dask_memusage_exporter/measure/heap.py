@@ -1,0 +1,215 @@
+"""What the process's heaps hold free: memory that the next task can use without RSS rising.
+
+Covers: glibc's malloc (``mallinfo2``), CPython's own small-object allocator, Arrow's default
+pool, and giving glibc's free pages back (``malloc_trim``).
+Does not cover: allocators that a library keeps to itself and that cannot be asked
+(:data:`PRIVATE_ALLOCATORS`), and malloc replacements. There the answer is None, "not known",
+and so it is whenever the budget does not allow to ask.
+
+Sources: mallinfo(3), malloc_trim(3), ``malloc/malloc.c`` of glibc, ``Objects/obmalloc.c`` of
+CPython, ``pyarrow.MemoryPool``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import time
+from collections.abc import Callable
+
+#: Share of a worker's time that asking may cost. One question costs from 0.2 us on a fresh heap
+#: to about 1 ms with 100,000 free chunks.
+ASK_SHARE = 0.01
+
+#: Importing one of these brings an allocator of its own that nobody outside can ask.
+PRIVATE_ALLOCATORS = ("polars", "duckdb")
+
+
+class Budget:
+    """A share of the time that passes, saved up to ``burst`` seconds.
+
+    Parameters
+    ----------
+    share
+        From 0 to 1.
+    burst
+        The most that can be saved, in seconds.
+    clock
+        Seconds, monotonic.
+    """
+
+    def __init__(
+        self, share: float, burst: float = 0.05, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._share, self._burst, self._clock = share, burst, clock
+        self._saved = burst if share > 0 else 0.0
+        self._then = clock()
+
+    def allows(self) -> bool:
+        """Return whether something may be spent now. What it costs is told afterwards."""
+        now = self._clock()
+        self._saved = min(self._burst, self._saved + (now - self._then) * self._share)
+        self._then = now
+        return self._saved > 0
+
+    def spend(self, seconds: float) -> None:
+        """Take off what was spent; the rest may become negative and is saved up again first."""
+        self._saved -= seconds
+
+
+class _MallInfo2(ctypes.Structure):
+    # struct mallinfo2 of <malloc.h>; `fordblks` is all that is free, in `ordblks` chunks.
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd",
+            "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+class GlibcHeap:
+    """glibc's malloc, if it is the one that the process uses.
+
+    Raises
+    ------
+    OSError
+        It is not (musl, macOS, glibc before 2.33, or a preloaded replacement).
+    """
+
+    def __init__(self) -> None:
+        process = ctypes.PyDLL(None)
+        libc = ctypes.PyDLL("libc.so.6")
+        try:
+            # A preloaded allocator stands before libc in the global scope. glibc's own figures
+            # would then be about a heap that nobody uses.
+            ours, theirs = (ctypes.cast(lib.malloc, ctypes.c_void_p).value for lib in (process, libc))
+            self._mallinfo2, self._malloc_trim = libc.mallinfo2, libc.malloc_trim
+        except AttributeError as error:
+            raise OSError(f"mallinfo2: {error}") from None
+        if ours != theirs:
+            raise OSError("mallinfo2: malloc is not glibc's own")
+        self._mallinfo2.restype = _MallInfo2
+        self._malloc_trim.argtypes = (ctypes.c_size_t,)
+
+    def free(self) -> int:
+        """Return the free bytes, an upper bound: some of them may not be resident."""
+        return int(self._mallinfo2().fordblks)
+
+    def trim(self) -> int:
+        """Give the free pages back; return a bound of what stays resident and free, in bytes.
+
+        ``fordblks`` does not fall with it: the chunks stay free, their pages go. What stays of a
+        free chunk is less than a page at either end.
+        """
+        self._malloc_trim(0)
+        info = self._mallinfo2()
+        return min(int(info.fordblks), int(info.ordblks) * 2 * mmap.PAGESIZE)
+
+
+class PyMalloc:
+    """CPython's allocator for objects up to 512 bytes, which mallinfo2 knows nothing of.
+
+    ``sys._debugmallocstats`` prints these figures to standard error; the C function behind it
+    takes a stream, and we give it one in memory. It writes nothing where pymalloc is off
+    (``PYTHONMALLOC=malloc``).
+
+    Raises
+    ------
+    OSError
+        The interpreter or the C library does not have the functions.
+    """
+
+    def __init__(self) -> None:
+        libc = ctypes.PyDLL(None)
+        try:
+            self._print_stats = ctypes.pythonapi._PyObject_DebugMallocStats
+            self._open, self._close, self._free = libc.open_memstream, libc.fclose, libc.free
+        except AttributeError as error:
+            raise OSError(f"pymalloc: {error}") from None
+        self._open.restype = ctypes.c_void_p
+        for call in (self._print_stats, self._close, self._free):
+            call.argtypes = (ctypes.c_void_p,)
+        if b"unused pools" not in self._stats() and self._stats():
+            raise OSError("pymalloc: its statistics have another form than the known one")
+
+    def free(self) -> int:
+        """Return the bytes in free blocks and in unused pools."""
+        text = self._stats()
+        if not text:
+            return 0
+        return _figure(text, b"bytes in available blocks") + _figure(text, b" unused pools")
+
+    def _stats(self) -> bytes:
+        text, size = ctypes.c_void_p(), ctypes.c_size_t()
+        stream = self._open(ctypes.byref(text), ctypes.byref(size))
+        if not stream:
+            raise OSError("pymalloc: no memory for its statistics")
+        self._print_stats(stream)
+        self._close(stream)
+        try:
+            return ctypes.string_at(text, size.value)
+        finally:
+            self._free(text)
+
+
+def _figure(text: bytes, name: bytes) -> int:
+    """Return the figure behind ``=`` on the line that holds ``name``, written like 1,933,312."""
+    at = text.index(b"=", text.index(name))
+    return int(text[at + 1 : text.index(b"\n", at)].replace(b",", b""))
+
+
+def arrow_free() -> int:
+    """Return a bound of what Arrow's default pool may keep: its own peak less what is in use.
+
+    A pool on the system's malloc keeps nothing of its own. pyarrow is never imported for this.
+    """
+    pyarrow = sys.modules.get("pyarrow")
+    if pyarrow is None or not hasattr(pyarrow, "default_memory_pool"):
+        return 0
+    pool = pyarrow.default_memory_pool()
+    if pool.backend_name == "system":
+        return 0
+    peak = pool.max_memory()
+    return 0 if peak is None else max(0, int(peak) - int(pool.bytes_allocated()))
+
+
+class Heap:
+    """All heaps together, asked on a budget.
+
+    Parameters
+    ----------
+    trim_share
+        Share of the time for giving memory back before tasks; 0 is never.
+    """
+
+    def __init__(self, trim_share: float = 0.0) -> None:
+        self._asking, self._trimming = Budget(ASK_SHARE), Budget(trim_share, burst=0.1)
+        #: Why the heap cannot be asked at all; None where it can.
+        self.unknown: str | None = None
+        try:
+            self._glibc, self._pymalloc = GlibcHeap(), PyMalloc()
+        except OSError as error:
+            self.unknown = str(error)
+
+    def ask(self) -> int | None:
+        """Return how many bytes the process can reuse without growing; None where not known.
+
+        Trims first where there is something to give back and the budget allows. To be called on
+        a task's own thread just before the task.
+        """
+        if self.unknown is not None or not self._asking.allows():
+            return None
+        for name in PRIVATE_ALLOCATORS:
+            if name in sys.modules:
+                return None
+        begin = time.perf_counter()
+        malloc = self._glibc.free()
+        rest = self._pymalloc.free() + arrow_free()
+        self._asking.spend(time.perf_counter() - begin)
+        if malloc > 2**20 and self._trimming.allows():
+            begin = time.perf_counter()
+            malloc = self._glibc.trim()
+            self._trimming.spend(time.perf_counter() - begin)
+        return malloc + rest

@@ -1,0 +1,47 @@
+"""TaskMemory: the one record that flows from the worker to every exporter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dask.typing import Key
+
+
+class TaskMemory(NamedTuple):
+    """The memory of one execution of one task that started on a worker.
+
+    A tuple, because it is made once a task on the worker's event loop and travels as it is.
+    Sizes are bytes, times seconds since the epoch by the worker's own clock; None is "not known".
+    """
+
+    #: The task's key, as Dask has it.
+    key: Key
+    #: Dask's own ``task_prefix_name``.
+    task_prefix: str
+    #: Address of the worker.
+    worker: str
+    start: float
+    stop: float
+    #: Resident memory (RSS, children included) of the process when the task started.
+    start_bytes: int
+    #: Peak of the same while the task ran: everybody's when tasks overlap.
+    peak_bytes: int
+    #: What the task itself added at its peak; None unless ``scope`` says that it is the task's own.
+    growth_bytes: int | None
+    #: Whose number it is: ``process`` or ``shared``.
+    scope: str
+    #: Why it is ``shared`` (see :mod:`dask_memusage_exporter.measure.scopes`); else None.
+    reason: str | None
+    #: Free in the process's heaps at the start; None where it was not or could not be asked.
+    reusable_bytes: int | None
+    #: What the worker itself moved meanwhile (transfers, spills, released results).
+    foreign_bytes: int
+    #: The most tasks in the process at once in the window, itself included.
+    concurrency: int
+    #: Sizes of the task's dependencies and of its result, as Dask estimates them.
+    input_bytes: int | None
+    output_bytes: int | None
+    #: ``finished``, ``erred``, ``cancelled`` or ``rescheduled``.
+    status: str
+    #: Dask's own span id (``distributed.span``).
+    span_id: str | None
