@@ -69,7 +69,7 @@ class Histogram:
 
 
 class SlidingMaximum:
-    """The largest value of the last ``window`` seconds, to a tenth of it. Reading changes nothing."""
+    """The largest value of the last ``window`` seconds, to a tenth. Reading changes nothing."""
 
     __slots__ = ("_slots", "_width")
 

@@ -7,7 +7,10 @@ Python that distributed runs on, with our package or without it, and decides the
 This module may import the standard library and distributed only.
 """
 
+from __future__ import annotations
+
 import logging
+from typing import Any
 
 from distributed.diagnostics.plugin import WorkerPlugin
 
@@ -25,16 +28,16 @@ class Bootstrap(WorkerPlugin):
 
     name = "memusage"
 
-    def __init__(self, options):
+    def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
 
-    def setup(self, worker):
+    def setup(self, worker: Any) -> None:
         """Import the package and begin; never raise: that would close the worker."""
         try:
             from dask_memusage_exporter.worker import attach
 
             # The agent's own method in our place: one call less a transition.
-            self.transition = attach(worker, self.options).transition
+            self.transition = attach(worker, self.options).transition  # type: ignore[method-assign]
         except Exception as error:
             logger.warning(
                 "dask-memusage: tasks on this worker are not measured (%s: %s). They run as usual. "
@@ -45,18 +48,18 @@ class Bootstrap(WorkerPlugin):
             )
             worker.metrics["memusage"] = _missing
 
-    def teardown(self, worker):
+    def teardown(self, worker: Any) -> None:
         """Stop measuring, unless a plugin of this name takes over at once."""
         agent = worker.extensions.get("memusage")
         if agent is not None:
             agent.release()
 
 
-def _missing(worker):
+def _missing(_: Any) -> dict[str, str]:
     return {"source": "missing"}
 
 
-def load(source, options):
+def load(source: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the expression and its names whose value is a Bootstrap, wherever it is evaluated."""
     expression = "(exec(source, names), names['Bootstrap'](options))[1]"
     return expression, {
@@ -71,10 +74,10 @@ class ByValue(WorkerPlugin):
 
     name = "memusage"
 
-    def __init__(self, options):
+    def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         from importlib import resources
 
         source = resources.files("dask_memusage_exporter").joinpath("bootstrap.py").read_text()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def _buckets(key: str, value: object) -> tuple[int, ...]:
         bounds = tuple(parse_bytes(bound) for bound in value)
     except (ValueError, TypeError, AttributeError):
         raise wrong from None
-    if bounds[0] <= 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] <= 0 or any(a >= b for a, b in pairwise(bounds)):
         raise wrong
     return bounds
 

@@ -71,7 +71,7 @@ class Health:
 
 
 class _Guard:
-    # A class and not a generator: this stands on the task's thread, twice a task.
+    # A class and not a generator: this is entered once a task.
     __slots__ = ("_began", "_health", "_stage")
 
     def __init__(self, health: Health, stage: str) -> None:

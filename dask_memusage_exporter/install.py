@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from distributed import Client, Scheduler, default_client
-from distributed.deploy import Cluster
+from distributed.deploy.cluster import Cluster
 from distributed.utils import sync
 
 from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin

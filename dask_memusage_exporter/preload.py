@@ -40,7 +40,7 @@ async def dask_setup(server: object, memusage_csv: str) -> None:
     from distributed import Scheduler
 
     from dask_memusage_exporter import dask_setup as plain
-    from dask_memusage_exporter import begin
+    from dask_memusage_exporter.scheduler import begin
 
     if isinstance(server, Scheduler):
         await begin(server, memusage_csv, tolerant=True)

@@ -22,7 +22,8 @@ from dask_memusage_exporter.exporters import prometheus
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.measure import choose, threads
 from dask_memusage_exporter.measure.heap import Heap
-from dask_memusage_exporter.measure.tracker import Tracker
+from dask_memusage_exporter.measure.tracker import Look, Tracker
+from dask_memusage_exporter.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,7 @@ logger = logging.getLogger(__name__)
 class Member(Protocol):
     """A worker of this process."""
 
-    def bytes_opening(self) -> int:
-        """Return what the worker has moved so far; see :class:`traffic.Traffic`."""
-
-    def bytes_closing(self) -> int:
-        """Return the same with what is on its way."""
+    traffic: Traffic
 
     def memory_limit(self) -> int | None:
         """Return the worker's memory limit in bytes; None where there is none."""
@@ -54,8 +51,8 @@ class Process:
         main = threading.main_thread()
         if main is not threading.current_thread():
             # The event loop, which calls this, is not the main thread: user code may run there.
-            self.tracker.add_witness(threads.clock_of(main), "code")
-        self.tracker.add_witness(threads.own_clock(), "house")
+            self.tracker.add_witness(threads.clock_of(main.ident), "code")
+        self.tracker.add_house(threads.clock_of(threading.get_ident()))
         self.aggregate = Aggregate(
             bounds=settings.buckets,
             max_prefixes=settings.max_prefixes,
@@ -67,13 +64,19 @@ class Process:
             logger.info("dask-memusage: the heap cannot be asked (%s)", heap.unknown)
         prometheus.add(self)
 
-    def foreign_opening(self) -> int:
-        """Return what all workers of the process have moved so far, for a task's start."""
-        return sum(member.bytes_opening() for member in self.members)
+    def look_before(self) -> Look:
+        """Read what surrounds a task of this process before it starts, on the event loop."""
+        moved = 0
+        for member in self.members:
+            moved += member.traffic.opening()
+        return self.tracker.look(moved)
 
-    def foreign_closing(self) -> int:
-        """Return the same for a task's stop."""
-        return sum(member.bytes_closing() for member in self.members)
+    def look_after(self) -> Look:
+        """Read the same after it has ended."""
+        moved = 0
+        for member in self.members:
+            moved += member.traffic.closing()
+        return self.tracker.look(moved)
 
     def collect(self) -> Iterable[Metric]:
         """Return the worker's metric families; see ``catalog``."""

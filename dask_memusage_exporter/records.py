@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from dask.typing import Key
+from dask.utils import key_split
 
 
 class TaskMemory(NamedTuple):
@@ -45,3 +47,24 @@ class TaskMemory(NamedTuple):
     status: str
     #: Dask's own span id (``distributed.span``).
     span_id: str | None
+
+
+def to_row(record: TaskMemory) -> tuple[Any, ...]:
+    """Return what travels of a record: prefix and worker are known where it arrives."""
+    return (record.key, *record[3:])
+
+
+def from_row(row: Sequence[Any], worker: str) -> TaskMemory:
+    """Return the record of a row.
+
+    Raises
+    ------
+    TypeError
+        It is no row. One field too many or too few is none: another version has sent it.
+    """
+    rest = list(row[1 : len(TaskMemory._fields) - 2])
+    rest += [None] * (len(TaskMemory._fields) - 3 - len(rest))
+    record = TaskMemory(row[0], key_split(row[0]), worker, *rest)
+    if not isinstance(record.start_bytes, int) or not isinstance(record.peak_bytes, int):
+        raise TypeError(f"a record without sizes: {row!r:.200}")
+    return record

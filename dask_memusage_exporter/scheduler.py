@@ -23,7 +23,7 @@ from dask_memusage_exporter.config import Settings, explicit, prometheus_namespa
 from dask_memusage_exporter.exporters import RecordSink, prometheus
 from dask_memusage_exporter.exporters.csv_file import CsvFile
 from dask_memusage_exporter.health import Health
-from dask_memusage_exporter.records import TaskMemory
+from dask_memusage_exporter.records import from_row
 from dask_memusage_exporter.worker import EXTENSION, RECORDS_OP
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class SchedulerAgent:
         self.scheduler = scheduler
         self.health = Health()
         self.sinks: list[RecordSink] = []
+        self._flush_waits = False
         # For the scheduler's life: an operation that it does not know closes a worker's stream.
         scheduler.stream_handlers[RECORDS_OP] = self.handle_records
         prometheus.add(self)
@@ -51,7 +52,9 @@ class SchedulerAgent:
         OSError
             The file cannot be written.
         """
-        csv_file = _same_file(self.sinks, path) or CsvFile(path, columns=columns, health=self.health)
+        csv_file = _same_file(self.sinks, path) or CsvFile(
+            path, columns=columns, health=self.health
+        )
         if csv_file not in self.sinks:
             self.add_sink(csv_file)
             logger.info("dask-memusage: writing %s", csv_file.path)
@@ -72,19 +75,30 @@ class SchedulerAgent:
             logger.info("dask-memusage: a worker went away while it was set up (%s)", error)
 
     def handle_records(
-        self, rows: Iterable[tuple[Any, ...]] = (), worker: str | None = None, **_: Any
+        self, rows: Iterable[tuple[Any, ...]] = (), worker: str = "", **_: Any
     ) -> None:
         """Take records in from a worker's stream; runs on the event loop and never raises."""
         with self.health.guard("record"):
             for row in rows:
                 try:
-                    record = _record(row)
-                except (TypeError, ValueError) as error:
+                    record = from_row(row, worker)
+                except (TypeError, IndexError) as error:
                     self.health.drop("invalid")
                     self.health.error("record", error)
                     continue
                 for sink in self.sinks:
                     sink.write(record)
+            if not self._flush_waits:
+                # A record comes before the message that its task has finished, on the same
+                # stream, and clients are told by a later round of the loop than the next one.
+                self._flush_waits = True
+                self.scheduler.loop.add_callback(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_waits = False
+        with self.health.guard("csv"):
+            for sink in self.sinks:
+                sink.flush()
 
     def collect(self) -> Iterable[Metric]:
         """Return the scheduler's metric families; see ``catalog``."""
@@ -98,7 +112,7 @@ class SchedulerAgent:
         )
 
     def teardown(self) -> None:
-        """Called by ``Scheduler.close`` on all extensions."""
+        """Let everything go; ``Scheduler.close`` calls this on all extensions."""
         prometheus.remove(self)
         while self.sinks:
             self.sinks.pop().close()
@@ -165,16 +179,6 @@ async def begin(
             agent.health.error("csv", error)
     await agent.push()
     return agent
-
-
-def _record(row: tuple[Any, ...]) -> TaskMemory:
-    """Return the record of a row; a newer worker may send more fields, an older one fewer."""
-    fields = list(row[: len(TaskMemory._fields)])
-    fields += [None] * (len(TaskMemory._fields) - len(fields))
-    record = TaskMemory(*fields)
-    if not isinstance(record.start_bytes, int) or not isinstance(record.peak_bytes, int):
-        raise TypeError(f"a record without sizes: {row!r:.200}")
-    return record
 
 
 def _same_file(sinks: Iterable[RecordSink], path: str) -> CsvFile | None:

@@ -26,11 +26,11 @@ from dask.typing import Key
 class Listener(Protocol):
     """Who wants to know. Both are called on the task's own thread, with no lock held."""
 
-    def on_start(self, thread: int, key: Key, code: CodeType) -> None:
-        """Something starts on this thread; ``code`` is of the function that runs it."""
+    def on_start(self, thread: int, key: Key) -> None:
+        """Something starts on this thread."""
 
     def on_stop(self, thread: int, key: Key) -> None:
-        """It has ended."""
+        """Hear that it has ended."""
 
 
 class ActiveThreads(dict[int, Key]):
@@ -46,18 +46,17 @@ class ActiveThreads(dict[int, Key]):
     def __init__(self, before: dict[int, Key], lock: ReleasingLock, listener: Listener) -> None:
         super().__init__()
         self._before = before
-        self._lock = lock
-        self._listener = listener
+        self._after_release = lock.after_release
+        self._on_start, self._on_stop = listener.on_start, listener.on_stop
 
     def __setitem__(self, thread: int, key: Key) -> None:
         super().__setitem__(thread, key)
-        code = sys._getframe(1).f_code
-        self._lock.after_release(lambda: self._listener.on_start(thread, key, code))
+        self._after_release[thread] = (self._on_start, key)
 
     def __delitem__(self, thread: int) -> None:
         key = self[thread]
         super().__delitem__(thread)
-        self._lock.after_release(lambda: self._listener.on_stop(thread, key))
+        self._after_release[thread] = (self._on_stop, key)
 
     def __missing__(self, thread: int) -> Key:
         return self._before[thread]
@@ -68,11 +67,8 @@ class ReleasingLock:
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
-        self._work: dict[int, Callable[[], None]] = {}
-
-    def after_release(self, work: Callable[[], None]) -> None:
-        """Do ``work`` once this thread lets the lock go. It must not raise."""
-        self._work[threading.get_ident()] = work
+        #: By thread, what to call once it lets the lock go, with ``(thread, key)``; never raises.
+        self.after_release: dict[int, tuple[Callable[[int, Key], None], Key]] = {}
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         """Take the lock, as ``threading.Lock.acquire`` does."""
@@ -81,10 +77,11 @@ class ReleasingLock:
     def release(self) -> None:
         """Let the lock go and do the work."""
         self._lock.release()
-        if self._work:
-            work = self._work.pop(threading.get_ident(), None)
+        if self.after_release:
+            thread = threading.get_ident()
+            work = self.after_release.pop(thread, None)
             if work is not None:
-                work()
+                work[0](thread, work[1])
 
     def locked(self) -> bool:
         """Return whether somebody holds the lock."""
@@ -105,7 +102,7 @@ def install(worker: Any, listener: Listener) -> str | None:
     Once in, it stays for the worker's life: running tasks hold it.
     """
     before = getattr(worker, "active_threads", None)
-    lock = getattr(worker, "active_threads_lock", None)
+    lock: Any = getattr(worker, "active_threads_lock", None)
     if type(before) is not dict or not hasattr(lock, "acquire") or not hasattr(lock, "release"):
         return (
             f"Worker.active_threads is a {type(before).__name__} and its lock a "
@@ -116,6 +113,14 @@ def install(worker: Any, listener: Listener) -> str | None:
         worker.active_threads = ActiveThreads(before, releasing, listener)
         worker.active_threads_lock = releasing
     return None
+
+
+def caller(outside: str) -> CodeType:
+    """Return the code of the innermost frame of this thread that is in no module of ``outside``."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(outside):
+        frame = frame.f_back
+    return (frame or sys._getframe(1)).f_code
 
 
 def runs(thread: int, code: CodeType) -> bool:

@@ -14,16 +14,23 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+#: Keys of ``SpillBuffer.cumulative_metrics``.
+_WRITTEN, _READ = ("disk-write", "bytes"), ("disk-read", "bytes")
+
 
 class Traffic:
     """Bytes moved by one worker.
 
-    The difference of :meth:`closing` at a task's stop and :meth:`opening` at its start is all that
-    was moved in between, what was under way at either end included.
+    The difference between :meth:`closing` at a task's stop and :meth:`opening` at its start is
+    all that was moved meanwhile, what was under way at either end included.
     """
 
     def __init__(self, worker: Any) -> None:
+        # The objects behind these stay the same for the worker's life; this is the hot path.
         self._worker = worker
+        self._state = worker.state
+        self._data = worker.data
+        self._spills = getattr(worker.data, "cumulative_metrics", {})
         #: Arrived (transfers, scatter) and released, added up by the worker's transitions.
         self.arrived = 0
         self.released = 0
@@ -33,55 +40,36 @@ class Traffic:
 
     def opening(self) -> int:
         """Return bytes moved so far, less those that are on their way out."""
-        return self._moved() - int(self._worker.transfer_outgoing_bytes)
+        return self._moved(self._runs()) - int(self._worker.transfer_outgoing_bytes)
 
     def closing(self) -> int:
         """Return bytes moved so far and those that are on their way in or wait in buffers."""
-        return self._moved() + int(self._worker.state.transfer_incoming_bytes) + self._buffered()
-
-    def _moved(self) -> int:
-        worker = self._worker
-        return (
-            self.arrived
-            + self.released
-            + int(worker.transfer_outgoing_bytes_total)
-            + _spilled(worker.data)
-            + self._shuffled()
-        )
-
-    def _shuffled(self) -> int:
         runs = self._runs()
-        if not runs and not self._shuffles:
-            return self._ended_shuffles
+        moved = self._moved(runs) + int(self._state.transfer_incoming_bytes)
+        for beat in runs.values():
+            moved += beat["comm"]["memory"] + beat["disk"]["memory"]
+        return moved
+
+    def _moved(self, runs: dict[Any, Any]) -> int:
+        moved = self.arrived + self.released + int(self._worker.transfer_outgoing_bytes_total)
+        if _WRITTEN in self._spills:
+            # Files may be compressed; the size in memory of what is on disk is not.
+            moved += int(self._spills[_WRITTEN] + self._spills.get(_READ, 0))
+            moved += self._data.spilled_total.memory
+        if runs or self._shuffles:
+            self._count_shuffles(runs)
+        return moved + self._ended_shuffles + sum(self._shuffles.values())
+
+    def _count_shuffles(self, runs: dict[Any, Any]) -> None:
+        now = {
+            name: sum(beat[part][field] for part in ("comm", "disk") for field in ("total", "read"))
+            for name, beat in runs.items()
+        }
         with self._lock:
-            now = {
-                name: sum(beat[part][field] for part in ("comm", "disk") for field in ("total", "read"))
-                for name, beat in runs.items()
-            }
             for name in self._shuffles.keys() - now.keys():
                 self._ended_shuffles += self._shuffles[name]
             self._shuffles = now
-            return self._ended_shuffles + sum(now.values())
-
-    def _buffered(self) -> int:
-        return sum(
-            beat["comm"]["memory"] + beat["disk"]["memory"] for beat in self._runs().values()
-        )
 
     def _runs(self) -> dict[Any, Any]:
         shuffle = self._worker.extensions.get("shuffle")
-        beats: dict[Any, Any] = {} if shuffle is None else shuffle.heartbeat()
-        return beats
-
-
-def _spilled(data: Any) -> int:
-    """Return bytes through the spill buffer, by files and by what stands on disk now."""
-    moved = getattr(data, "cumulative_metrics", None)
-    if not moved:
-        return 0
-    # Files may be compressed; the size in memory of what is on disk is not.
-    return int(
-        moved.get(("disk-read", "bytes"), 0)
-        + moved.get(("disk-write", "bytes"), 0)
-        + data.spilled_total.memory
-    )
+        return {} if shuffle is None else shuffle.heartbeat()

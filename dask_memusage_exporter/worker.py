@@ -12,10 +12,11 @@ tears a plugin of the same name down and replaces it, and running tasks must kee
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from types import CodeType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from threading import get_ident
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 from dask.typing import Key
 
@@ -23,8 +24,8 @@ from dask_memusage_exporter import process, seam
 from dask_memusage_exporter.bootstrap import Bootstrap, ByValue
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.measure import threads
-from dask_memusage_exporter.measure.tracker import Bracket, Window
-from dask_memusage_exporter.records import TaskMemory
+from dask_memusage_exporter.measure.tracker import Bracket, Look, Window
+from dask_memusage_exporter.records import TaskMemory, to_row
 from dask_memusage_exporter.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -40,16 +41,15 @@ RECORDS_OP = "memusage-records"
 #: States in which a task runs, or ran until just now.
 _RUNNING = frozenset({"executing", "long-running", "cancelled", "resumed"})
 #: Transitions out of them that end an execution.
-_ENDS = {"memory": "finished", "error": "erred", "rescheduled": "rescheduled", "released": "cancelled"}
+_ENDS = {
+    "memory": "finished",
+    "error": "erred",
+    "rescheduled": "rescheduled",
+    "released": "cancelled",
+}
 
-#: Windows whose transition never came; more than this is a defect of ours, and bounded.
-_MOST_WINDOWS = 10_000
-
-
-class _Running(NamedTuple):
-    key: Key
-    bracket: Bracket | None
-    is_task: bool
+#: Brackets whose transition never came; more than this is a defect of ours, and bounded.
+_MOST_CLOSED = 10_000
 
 
 class WorkerAgent:
@@ -63,11 +63,13 @@ class WorkerAgent:
         #: Whether a plugin stands for us on the worker.
         self._owned = False
         self._process: process.Process | None = None
-        self._by_thread: dict[int, _Running] = {}
-        self._windows: dict[Key, Window] = {}
+        #: Open brackets by thread, and whether they are tasks' (else actors' methods').
+        self._by_thread: dict[int, tuple[Bracket | None, bool]] = {}
+        #: Closed brackets whose transition is on its way.
+        self._closed: dict[Key, Bracket] = {}
         self._without_thread: dict[Key, Bracket | None] = {}
-        #: Tasks that the seam must tell of before they end.
-        self._expected: set[Key] = set()
+        #: What surrounded each task before it started.
+        self._before: dict[Key, Look] = {}
         self._seam_fault: str | None = seam.install(worker, self)
         if self._seam_fault is not None:
             self._say_fault()
@@ -103,7 +105,7 @@ class WorkerAgent:
             self._process = None
             self.worker.metrics.pop(EXTENSION, None)
             self._without_thread.clear()
-            self._expected.clear()
+            self._before.clear()
             process.leave(self)
 
     def release(self) -> None:
@@ -115,10 +117,10 @@ class WorkerAgent:
         self.worker.loop.add_callback(lambda: None if self._owned else self.deactivate())
 
     def close(self) -> None:
-        """Called by ``Worker.close`` on all extensions."""
+        """Let everything go; ``Worker.close`` calls this on all extensions."""
         self.deactivate()
 
-    def _heartbeat(self, worker: Worker) -> dict[str, str]:
+    def _heartbeat(self, _: Worker) -> dict[str, str]:
         from dask_memusage_exporter import __version__
 
         measuring = self._process
@@ -132,19 +134,13 @@ class WorkerAgent:
         measuring = self._process
         offload = self.worker.executors.get("offload")
         if measuring is not None and isinstance(offload, Executor):
-            offload.submit(threads.own_clock).add_done_callback(
-                lambda done: measuring.tracker.add_witness(done.result(), "offload")
+            offload.submit(get_ident).add_done_callback(
+                lambda done: measuring.tracker.add_witness(
+                    threads.clock_of(done.result()), "offload"
+                )
             )
 
     # -- process.Member ------------------------------------------------------------------
-
-    def bytes_opening(self) -> int:
-        """Return bytes moved so far, for a task's start."""
-        return self.traffic.opening()
-
-    def bytes_closing(self) -> int:
-        """Return bytes moved so far, for a task's stop."""
-        return self.traffic.closing()
 
     def memory_limit(self) -> int | None:
         """Return the worker's memory limit in bytes, or None."""
@@ -152,34 +148,39 @@ class WorkerAgent:
 
     # -- seam.Listener: on the task's own thread -----------------------------------------
 
-    def on_start(self, thread: int, key: Key, code: CodeType) -> None:
+    def on_start(self, thread: int, key: Key) -> None:
         """Open a bracket for a task or an actor's method."""
         measuring = self._process
         if measuring is None:
             return
-        with measuring.health.guard("start"):
+        began = perf_counter()
+        try:
             left = self._by_thread.pop(thread, None)
-            if left is not None and left.bracket is not None:
-                measuring.tracker.abandon(left.bracket)
+            if left is not None and left[0] is not None:
+                measuring.tracker.abandon(left[0])
             active = self.worker.active_keys
             # Actors' methods are no tasks: their entry is a name, and it may outlive the call.
             is_task = key in active
-            bracket = measuring.tracker.start(
-                measuring.foreign_opening(),
-                alive=(lambda: key in active) if is_task else (lambda: seam.runs(thread, code)),
-            )
-            self._by_thread[thread] = _Running(key, bracket, is_task)
+            alive = (lambda: key in active) if is_task else _actor_call(thread)
+            bracket = measuring.tracker.start(thread, alive)
+            self._by_thread[thread] = (bracket, is_task)
+        except Exception as error:
+            measuring.health.error("start", error)
+        measuring.health.spent("start", perf_counter() - began)
 
     def on_stop(self, thread: int, key: Key) -> None:
         """Close the bracket; the event loop makes the record of it."""
-        running = self._by_thread.pop(thread, None)
+        bracket, is_task = self._by_thread.pop(thread, (None, False))
         measuring = self._process
-        if measuring is None or running is None or running.bracket is None:
+        if measuring is None or bracket is None:
             return
-        with measuring.health.guard("stop"):
-            window = measuring.tracker.stop(running.bracket, measuring.foreign_closing)
-            if window is not None and running.is_task:
-                self._windows[key] = window
+        began = perf_counter()
+        try:
+            if measuring.tracker.stop(bracket) and is_task:
+                self._closed[key] = bracket
+        except Exception as error:
+            measuring.health.error("stop", error)
+        measuring.health.spent("stop", perf_counter() - began)
 
     # -- WorkerPlugin.transition: on the event loop --------------------------------------
 
@@ -202,13 +203,10 @@ class WorkerAgent:
             self.traffic.released += self._nbytes(key)
 
     def _begins(self, measuring: process.Process, key: Key) -> None:
-        """Open a bracket for what will not run on a thread of its own here."""
-        if self._seam_fault is None and self._has_thread(key):
-            self._expected.add(key)
-            return
-        self._without_thread[key] = measuring.tracker.start(
-            measuring.foreign_opening(), alive=lambda: True, own_thread=False
-        )
+        """Look before a task; open a bracket here for what has no thread of its own."""
+        self._before[key] = measuring.look_before()
+        if self._seam_fault is not None or not self._has_thread(key):
+            self._without_thread[key] = measuring.tracker.start(None, lambda: True)
 
     def _has_thread(self, key: Key) -> bool:
         task = self.worker.state.tasks[key]
@@ -219,51 +217,45 @@ class WorkerAgent:
         return "ThreadPoolExecutor" in str(type(self.worker.executors.get(name)))
 
     def _ends(self, measuring: process.Process, key: Key, start: str, finish: str) -> None:
-        window = self._windows.pop(key, None)
-        bracket = self._without_thread.pop(key, None)
-        if bracket is not None:
-            window = measuring.tracker.stop(bracket, measuring.foreign_closing)
-        expected = key in self._expected
-        self._expected.discard(key)
-        if window is None:
-            if finish == "memory" and expected:
+        before = self._before.pop(key, None)
+        bracket = self._closed.pop(key, None)
+        if bracket is None:
+            bracket = self._without_thread.pop(key, None)
+            if bracket is not None and not measuring.tracker.stop(bracket):
+                bracket = None
+        if bracket is None or before is None:
+            if finish == "memory" and before is None:
+                self.traffic.arrived += self._nbytes(key)  # came over while it was wanted here
+            elif finish == "memory":
                 measuring.health.drop("invalid")
                 if self._seam_fault is None:
                     self._seam_fault = "a task ended that it had not told of"
                     self._say_fault()
-            elif finish == "memory":
-                self.traffic.arrived += self._nbytes(key)  # came over while it was wanted here
             return
-        record = self._record(key, window, "cancelled" if start == "cancelled" else _ENDS[finish])
+        window = measuring.tracker.settle(bracket, before, measuring.look_after())
+        status = "cancelled" if start == "cancelled" else _ENDS[finish]
+        record = self._record(key, window, status)
         with measuring.health.guard("aggregate"):
             measuring.aggregate.observe(record)
         if self.rows:
             with measuring.health.guard("send"):
                 self._send(measuring, record)
-        while len(self._windows) > _MOST_WINDOWS:
-            self._windows.pop(next(iter(self._windows)))
+        while len(self._closed) > _MOST_CLOSED:
+            self._closed.pop(next(iter(self._closed)))
             measuring.health.drop("invalid")
 
     def _record(self, key: Key, window: Window, status: str) -> TaskMemory:
         task = self.worker.state.tasks.get(key)
+        inputs = task.dependencies if task is not None else ()
         return TaskMemory(
-            key=key,
-            task_prefix=task.prefix if task is not None else "",
-            worker=self.worker.address,
-            start=window.start,
-            stop=window.stop,
-            start_bytes=window.start_bytes,
-            peak_bytes=window.peak_bytes,
-            growth_bytes=window.growth_bytes,
-            scope=window.scope,
-            reason=window.reason,
-            reusable_bytes=window.reusable_bytes,
-            foreign_bytes=window.foreign_bytes,
-            concurrency=window.concurrency,
-            input_bytes=None if task is None else sum(d.nbytes or 0 for d in task.dependencies),
-            output_bytes=task.nbytes if task is not None and status == "finished" else None,
-            status=status,
-            span_id=None if task is None else task.span_id,
+            key,
+            task.prefix if task is not None else "",
+            self.worker.address,
+            *window,
+            sum(dependency.nbytes or 0 for dependency in inputs) if inputs else 0,
+            task.nbytes if task is not None and status == "finished" else None,
+            status,
+            task.span_id if task is not None else None,
         )
 
     def _send(self, measuring: process.Process, record: TaskMemory) -> None:
@@ -272,7 +264,7 @@ class WorkerAgent:
         if stream is None or stream.comm is None or stream.comm.closed():
             measuring.health.drop("disconnected")  # Worker.batched_send would say nothing
             return
-        self.worker.batched_send({"op": RECORDS_OP, "rows": [tuple(record)]})
+        self.worker.batched_send({"op": RECORDS_OP, "rows": [to_row(record)]})
 
     def _nbytes(self, key: Key) -> int:
         task = self.worker.state.tasks.get(key)
@@ -284,6 +276,12 @@ class WorkerAgent:
             "(%s). Tasks are measured from their transitions, all as scope shared",
             self._seam_fault,
         )
+
+
+def _actor_call(thread: int) -> Callable[[], bool]:
+    """Return what tells whether the call that starts on this thread still runs."""
+    code = seam.caller("dask_memusage_exporter")
+    return lambda: seam.runs(thread, code)
 
 
 def attach(worker: Worker, options: Mapping[str, Any]) -> WorkerAgent:
@@ -302,7 +300,7 @@ class MemusageWorkerPlugin(Bootstrap):
     travels by value: a worker without the package joins, and runs unmeasured.
     """
 
-    #: Where something of this name is registered it stays: it may be the scheduler's, which knows more.
+    #: What is registered under this name stays: it may be the scheduler's, which knows more.
     idempotent = True
 
     def __init__(self) -> None:

@@ -1,5 +1,10 @@
 """`dask memusage VERB`: one verb a file."""
+
+from __future__ import annotations
+
 import click
 
+
 @click.group()
-def memusage(): ...
+def memusage() -> None:
+    """Exact peak memory of every Dask task."""

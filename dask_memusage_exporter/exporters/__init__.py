@@ -18,5 +18,11 @@ class RecordSink(Protocol):
     def write(self, record: TaskMemory) -> None:
         """Take one record. Never raises."""
 
+    def flush(self) -> None:
+        """Let everything that was taken be seen. Never raises.
+
+        Called once for all records that arrived together, before any client hears of their tasks.
+        """
+
     def close(self) -> None:
         """Flush and let go."""

@@ -1,7 +1,7 @@
 """The CSV of dask-memusage, and the same with every field of the record.
 
-Covers: the three old columns exactly, all columns of ``TaskMemory`` behind them, a row on disk
-when ``write`` returns, a disk that fills (whole rows only, each lost one counted).
+Covers: the three old columns exactly, all columns of ``TaskMemory`` behind them, rows in the file
+when ``flush`` returns, a disk that fills (whole rows only, each lost one counted).
 Does not cover: rotation. An existing file is overwritten, as by the old tool.
 """
 
@@ -49,15 +49,16 @@ class CsvFile:
         self.columns = columns
         self._health = health
         self._full = columns == "full"
-        self._line = io.StringIO()
-        self._writer = csv.writer(self._line, lineterminator="\r\n")
+        self._lines = io.StringIO()
+        self._writer = csv.writer(self._lines)
+        self._waiting = self._size = 0
         try:
             self._fd = os.open(
                 self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
             )
             try:
-                self._size = 0
-                self._append(FULL_COLUMNS if self._full else TASK_COLUMNS)
+                self._writer.writerow(FULL_COLUMNS if self._full else TASK_COLUMNS)
+                self._append()
             except OSError:
                 os.close(self._fd)
                 raise
@@ -70,7 +71,7 @@ class CsvFile:
             ) from None
 
     def write(self, record: TaskMemory) -> None:
-        """Append one row, if the format has one for such a record."""
+        """Take one row, if the format has one for such a record; :meth:`flush` writes it."""
         if not self._full and record.status not in _OLD_STATUSES:
             return
         row: tuple[Any, ...] = (
@@ -78,33 +79,38 @@ class CsvFile:
             record.start_bytes / MIB,
             record.peak_bytes / MIB,
         )
-        if self._full:
-            row += record[1:]
+        self._writer.writerow(row + record[1:] if self._full else row)
+        self._waiting += 1
+
+    def flush(self) -> None:
+        """Write the rows that wait: whole rows in one call, or none of them."""
+        if not self._waiting:
+            return
+        rows, self._waiting = self._waiting, 0
         try:
-            self._append(row)
+            self._append()
         except OSError as error:
-            self._health.drop("csv_write")
+            self._health.drop("csv_write", rows)
             self._health.error("csv", error)
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits and close the file."""
         if self._fd >= 0:
+            self.flush()
             os.close(self._fd)
             self._fd = -1
 
-    def _append(self, row: tuple[Any, ...]) -> None:
-        """Write a whole row or nothing of it. No buffer: the row is there when this returns."""
-        self._line.seek(0)
-        self._line.truncate()
-        self._writer.writerow(row)
-        line = self._line.getvalue().encode("utf-8", "surrogateescape")
+    def _append(self) -> None:
+        text = self._lines.getvalue().encode("utf-8", "surrogateescape")
+        self._lines.seek(0)
+        self._lines.truncate()
         try:
-            written = os.write(self._fd, line)
-            while written < len(line):
-                written += os.write(self._fd, line[written:])
+            written = os.write(self._fd, text)
+            while written < len(text):
+                written += os.write(self._fd, text[written:])
         except OSError:
-            # Part of the row may be there: take it off, so that the next one starts a line.
+            # Part of a row may be there: take it off, so that the next one starts a line.
             os.ftruncate(self._fd, self._size)
             os.lseek(self._fd, self._size, os.SEEK_SET)
             raise
-        self._size += len(line)
+        self._size += len(text)

@@ -13,8 +13,8 @@ Sources: waitid(2) with WNOWAIT, getrusage(2) with RUSAGE_CHILDREN, proc_pid_sta
 from __future__ import annotations
 
 import os
-import resource
 import time
+from resource import RUSAGE_CHILDREN, getrusage
 
 import psutil
 
@@ -57,7 +57,7 @@ class Children:
         Faults and not the peak: ``ru_maxrss`` of a child begins at the peak of the process that
         forked it, so it says nothing of small children.
         """
-        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+        return getrusage(RUSAGE_CHILDREN)[6]  # ru_minflt
 
     def forget_the_dead(self) -> None:
         """Take children off that have gone since the last look, if all have."""

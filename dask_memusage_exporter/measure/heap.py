@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 #: Share of a worker's time that asking may cost. One question costs from 0.2 us on a fresh heap
 #: to about 1 ms with 100,000 free chunks.
-ASK_SHARE = 0.01
+ASK_SHARE = 0.005
 
 #: Importing one of these brings an allocator of its own that nobody outside can ask.
 PRIVATE_ALLOCATORS = ("polars", "duckdb")
@@ -49,9 +49,10 @@ class Budget:
     def allows(self) -> bool:
         """Return whether something may be spent now. What it costs is told afterwards."""
         now = self._clock()
-        self._saved = min(self._burst, self._saved + (now - self._then) * self._share)
+        saved = self._saved + (now - self._then) * self._share
+        self._saved = saved = min(self._burst, saved)
         self._then = now
-        return self._saved > 0
+        return saved > 0
 
     def spend(self, seconds: float) -> None:
         """Take off what was spent; the rest may become negative and is saved up again first."""
@@ -84,7 +85,9 @@ class GlibcHeap:
         try:
             # A preloaded allocator stands before libc in the global scope. glibc's own figures
             # would then be about a heap that nobody uses.
-            ours, theirs = (ctypes.cast(lib.malloc, ctypes.c_void_p).value for lib in (process, libc))
+            ours, theirs = (
+                ctypes.cast(lib.malloc, ctypes.c_void_p).value for lib in (process, libc)
+            )
             self._mallinfo2, self._malloc_trim = libc.mallinfo2, libc.malloc_trim
         except AttributeError as error:
             raise OSError(f"mallinfo2: {error}") from None

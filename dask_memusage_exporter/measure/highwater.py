@@ -12,11 +12,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import resource
+from resource import RUSAGE_SELF, getrusage
 from typing import NamedTuple, Protocol
 
 KIB = 1024
 PAGE = mmap.PAGESIZE
+
+# Where the fields of struct rusage stand in Python's tuple; by index because this is the hot path.
+_MAXRSS, _MINFLT, _MAJFLT = 2, 6, 7
 
 #: How far the mark may be from what the self-test allocates: the kernel counts pages per
 #: processor and sums them lazily.
@@ -25,9 +28,9 @@ _TEST_SLACK = 4 * 2**20
 
 
 class Reading(NamedTuple):
-    """What a source says at one moment, in bytes."""
+    """What a source says of the window since its last reset, in bytes."""
 
-    #: Peak RSS since the previous reading.
+    #: Peak RSS in the window.
     peak: int
     #: RSS now.
     rss: int
@@ -36,19 +39,29 @@ class Reading(NamedTuple):
 
 
 class Source(Protocol):
-    """Where peaks come from. Not thread-safe: the tracker reads under its own lock.
+    """Where peaks come from. Not thread-safe: the tracker calls under its own lock.
 
     To add a source: 1. a class with this shape, 2. a line in ``choose`` (``measure/__init__.py``),
-    3. its name in ``memusage.yaml``, the schema and ``config.py``.
+    3. its name in ``memusage.yaml``, the schema, ``config.py`` and ``catalog.SOURCES``.
     """
 
     #: The value of the label ``source``.
     name: str
-    #: Whether a reading's ``peak`` holds all that happened since the previous reading.
+    #: Whether a reading's ``peak`` holds all that happened in the window.
     exact: bool
 
+    def reset(self) -> tuple[int, int | None]:
+        """Begin a new window; return RSS now and a count of page faults.
+
+        The count is the process's. While it stands still nothing new is resident. None where
+        it is not known.
+        """
+
+    def faults(self) -> int | None:
+        """Return the same count now."""
+
     def read(self) -> Reading:
-        """Return the peak since the last call and start a new window."""
+        """Return what has been in the window so far. Changes nothing."""
 
     def close(self) -> None:
         """Release what the source holds."""
@@ -93,22 +106,30 @@ class KernelSource:
             self.close()
             raise
 
-    def read(self) -> Reading:
-        """Return the peak since the last call, and reset the mark.
+    def reset(self) -> tuple[int, int]:
+        """Reset the mark; return RSS now and the process's page faults."""
+        self._pwrite(self._clear, self._five, 1, 0)
+        usage = getrusage(RUSAGE_SELF)
+        # The mark has just been set to RSS, and ru_maxrss is the cheapest way to read it.
+        rss = int(usage[_MAXRSS]) * KIB
+        if rss <= self._floor:
+            rss = self._now()[0]
+        return rss, int(usage[_MINFLT] + usage[_MAJFLT])
 
-        A peak that rises and falls between reading the mark and resetting it (about 3 us) is
-        lost; nothing of size can be touched and freed in that time.
-        """
+    def faults(self) -> int:
+        """Return the process's page faults, minor and major, of all its threads."""
+        usage = getrusage(RUSAGE_SELF)
+        return int(usage[_MINFLT] + usage[_MAJFLT])
+
+    def read(self) -> Reading:
+        """Return the mark and what is resident now."""
         # ru_maxrss is ten times cheaper than VmHWM, but never falls below the peak of the
         # process image before its exec: at that floor it says nothing.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+        peak = int(getrusage(RUSAGE_SELF)[_MAXRSS]) * KIB
         if peak <= self._floor:
             peak = self._mark()
-        self._pread(self._statm, self._address, 128, 0)
-        fields = self._buffer.value.split(b" ", 3)
-        self._pwrite(self._clear, self._five, 1, 0)
-        rss = int(fields[1]) * PAGE
-        return Reading(peak if peak > rss else rss, rss, int(fields[2]) * PAGE)
+        rss, mapped = self._now()
+        return Reading(max(peak, rss), rss, mapped)
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -119,6 +140,11 @@ class KernelSource:
         fd = os.open(path, flags | os.O_CLOEXEC)
         self._fds.append(fd)
         return fd
+
+    def _now(self) -> tuple[int, int]:
+        self._pread(self._statm, self._address, 128, 0)
+        fields = self._buffer.value.split(b" ", 3)
+        return int(fields[1]) * PAGE, int(fields[2]) * PAGE
 
     def _reset(self) -> None:
         if self._pwrite(self._clear, self._five, 1, 0) != 1:
@@ -147,5 +173,5 @@ class KernelSource:
                 "clear_refs: the kernel accepts the reset, but VmHWM does not follow it "
                 f"({before}, {high}, {after} bytes before, at and after {_TEST_BYTES} bytes)"
             )
-        lowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+        lowest = int(getrusage(RUSAGE_SELF)[_MAXRSS]) * KIB
         return lowest if lowest > after + _TEST_SLACK else 0

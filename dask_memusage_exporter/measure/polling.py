@@ -31,6 +31,13 @@ class PollingSource:
     def __init__(self, process: psutil.Process | None = None) -> None:
         self._process = process or psutil.Process()
 
+    def reset(self) -> tuple[int, None]:
+        """Return RSS now; page faults are not counted."""
+        return self._process.memory_info().rss, None
+
+    def faults(self) -> None:
+        """Say nothing: not known."""
+
     def read(self) -> Reading:
         """Return RSS now as the peak as well: nothing is known of the time between."""
         info = self._process.memory_info()

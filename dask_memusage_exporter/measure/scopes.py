@@ -6,8 +6,6 @@ the first reason that applies is given.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 #: Values of ``scope``, in the order in which they are shown.
 SCOPES = ("process", "shared")
 
@@ -27,55 +25,64 @@ FLOOR_BYTES = 2**20
 SHARE = 0.05
 
 
-class Evidence(NamedTuple):
-    """All that is known of one window. Sizes in bytes."""
+def judge(
+    *,
+    start_bytes: int,
+    peak_bytes: int,
+    overlapped: bool,
+    foreign_bytes: int,
+    offloaded: bool,
+    reusable_bytes: int | None,
+    mapped_bytes: int,
+    own_thread: bool,
+    exact: bool,
+    children_changed: bool,
+) -> tuple[int | None, str, str | None]:
+    """Return ``(growth_bytes, scope, reason)`` of a window from all that is known of it.
 
-    start_bytes: int
-    peak_bytes: int
-    #: Another task, or unknown code in the process, used processor time in the window.
-    overlapped: bool
-    #: What the worker moved in the window.
-    foreign_bytes: int
-    #: The worker's helper thread (de)serialised something of unknown size.
-    offloaded: bool
-    #: Free in the heaps at the start; None: not known.
-    reusable_bytes: int | None
-    #: By how much the file-backed part of RSS rose.
-    mapped_bytes: int
-    #: Whether the task ran in one bracket on its own thread.
-    own_thread: bool
-    #: Whether the peak was seen, not sampled.
-    exact: bool
-    #: Whether child processes came, went or grew in the window.
-    children_changed: bool
+    Parameters
+    ----------
+    start_bytes, peak_bytes
+        RSS at the start and at its highest, children included.
+    overlapped
+        Another task, or unknown code in the process, used processor time in the window.
+    foreign_bytes
+        What the worker moved in the window.
+    offloaded
+        The worker's helper thread (de)serialised something of unknown size.
+    reusable_bytes
+        Free in the heaps at the start; None: not known.
+    mapped_bytes
+        By how much the file-backed part of RSS rose.
+    own_thread
+        Whether the task ran in one bracket on its own thread.
+    exact
+        Whether the peak was seen, not sampled.
+    children_changed
+        Whether child processes came, went or grew in the window.
 
-
-def judge(evidence: Evidence) -> tuple[int | None, str, str | None]:
-    """Return ``(growth_bytes, scope, reason)``.
-
-    ``growth_bytes`` is None unless the scope says that the number is the task's own.
+    Returns
+    -------
+    growth_bytes, scope, reason
+        ``growth_bytes`` is None unless the scope says that the number is the task's own;
+        ``reason`` is None then.
     """
-    growth = max(0, evidence.peak_bytes - evidence.start_bytes)
+    growth = max(0, peak_bytes - start_bytes)
     limit = max(FLOOR_BYTES, int(growth * SHARE))
-    sampled = not evidence.exact or evidence.children_changed
     reason = None
-    if evidence.overlapped:
+    if overlapped:
         reason = "overlap"
-    elif evidence.offloaded or evidence.foreign_bytes > limit:
+    elif offloaded or foreign_bytes > limit:
         reason = "transfer"
     # Where growth is out of the question anyway the heap was not asked, and is not the reason.
-    elif _warm(evidence.reusable_bytes, limit, asked=evidence.own_thread and evidence.exact):
+    elif own_thread and exact and (reusable_bytes is None or reusable_bytes > limit):
         reason = "warm_heap"
-    elif not evidence.own_thread:
+    elif not own_thread:
         reason = "executor"
-    elif evidence.mapped_bytes > limit:
+    elif mapped_bytes > limit:
         reason = "mapped"
-    elif sampled:
+    elif not exact or children_changed:
         reason = "polling"
     if reason is None:
         return growth, "process", None
     return None, "shared", reason
-
-
-def _warm(reusable: int | None, limit: int, *, asked: bool) -> bool:
-    return asked if reusable is None else reusable > limit

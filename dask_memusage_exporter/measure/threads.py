@@ -8,7 +8,6 @@ Source: pthread_getcpuclockid(3), clock_gettime(2).
 
 from __future__ import annotations
 
-import threading
 import time
 
 #: Processor time, in ns, below which a thread counts as idle in a window: waking up to look at
@@ -24,16 +23,12 @@ UNEXPLAINED_SHARE = 0.02
 _CLOCK_OF = getattr(time, "pthread_getcpuclockid", None)
 
 
-def own_clock() -> int | None:
-    """Return the id of the calling thread's CPU clock, for :func:`cpu_ns` from any thread."""
-    return None if _CLOCK_OF is None else _CLOCK_OF(threading.get_ident())
+def clock_of(thread: int | None) -> int | None:
+    """Return the id of the CPU clock of a thread (its ``ident``); None where there is none.
 
-
-def clock_of(thread: threading.Thread) -> int | None:
-    """Return the id of the CPU clock of ``thread``, which must not end before it is used."""
-    if _CLOCK_OF is None or thread.ident is None or not thread.is_alive():
-        return None
-    return _CLOCK_OF(thread.ident)
+    The thread must be alive: the C library looks into its descriptor.
+    """
+    return None if _CLOCK_OF is None or thread is None else _CLOCK_OF(thread)
 
 
 def cpu_ns(clock: int | None) -> int | None:

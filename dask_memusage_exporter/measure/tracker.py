@@ -1,11 +1,16 @@
 """The tracker: opens and closes one bracket a task and gives each the peak of its own window.
 
 One a process, whatever number of workers lives in it: the process has one high-water mark, and two
-that reset it erase each other's peaks. At every start and stop the mark is read, folded into every
-open bracket and reset, so each task has the exact peak of the process over its own window.
+that reset it erase each other's peaks. At every start the mark is read, folded into every open
+bracket and reset; at every stop it is read and folded. So each task has the exact peak of the
+process over its own window.
 
 Covers: windows, overlap, abandoned brackets, forks. Knows neither Dask nor exporters: what the
-worker moves meanwhile is handed in as a number, keys are opaque.
+worker moves meanwhile is handed in as a number.
+
+``start`` and ``stop`` stand in the user's way, twice a task: they read what must be read at that
+moment and nothing else. What may be read a little earlier or later (:meth:`Tracker.look`), and the
+thinking (:meth:`Tracker.settle`), is for the event loop.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from dask_memusage_exporter.measure.children import Children
 from dask_memusage_exporter.measure.heap import Heap
 from dask_memusage_exporter.measure.highwater import Source
 from dask_memusage_exporter.measure.polling import Sampler
-from dask_memusage_exporter.measure.scopes import Evidence, judge
+from dask_memusage_exporter.measure.scopes import judge
 
 
 class Window(NamedTuple):
@@ -40,47 +45,45 @@ class Window(NamedTuple):
     concurrency: int
 
 
-class Witness(NamedTuple):
-    """A thread that is not a task's, and what its activity in a window means."""
+class Look(NamedTuple):
+    """What is read on the event loop before a task starts and after it has ended."""
 
-    clock: int
-    #: "offload": data of unknown size was (de)serialised. "code": unknown code ran.
-    #: "house": the event loop and our own sampler; what they do is told by other means.
-    meaning: str
+    #: CPU times of the witnesses, in ns.
+    witnesses: tuple[int | None, ...]
+    #: See :meth:`Children.reaped`.
+    reaped: int
+    #: The worker's number: what it has moved so far.
+    foreign: int
 
 
 class Bracket:
-    """A window that is open. Made and changed by the tracker under its lock."""
+    """A window. Made by :meth:`Tracker.start`; changed by the tracker only, under its lock."""
 
-    __slots__ = (
-        "alive", "changes", "clock", "concurrency", "cpu", "foreign", "mapped", "neighbours",
-        "others", "overlapped", "peak", "process_cpu", "reaped", "reusable", "rss", "start",
-        "start_mapped", "witnesses",
-    )  # fmt: skip
+    # Defaults stand on the class: most brackets never meet another, and set few of these.
+    start = stop = 0.0
+    #: RSS at the start, children included, and the highest so far.
+    rss = peak = 0
+    #: The file-backed part of RSS at the start, and the highest seen so far.
+    start_mapped = mapped = 0
+    #: Page faults of the process at the start.
+    faults: int | None = None
+    #: By how much RSS fell below its start: room that it does not show.
+    gone = 0
+    reusable: int | None = None
+    concurrency = 1
+    overlapped = False
+    #: The task's own thread; None: it has none.
+    thread: int | None = None
+    #: CPU times in ns, once there is a neighbour: of the own thread when it was first met, of the
+    #: process and the house then, and of each neighbour when both were first open.
+    cpu: int | None = None
+    process_cpu = house_cpu = 0
+    others: dict[Bracket, int | None] | None = None
+    #: What neighbours have used while both were open, in ns.
+    neighbours = 0.0
+    #: See :attr:`Children.changes`, at the start and at the stop.
+    changes = changes_after = 0
 
-    start: float
-    #: RSS and its file-backed part at the start, children included.
-    rss: int
-    start_mapped: int
-    #: The highest of both so far.
-    peak: int
-    mapped: int
-    #: The worker's number at the start.
-    foreign: int
-    reusable: int | None
-    concurrency: int
-    overlapped: bool
-    #: CPU clock of the task's own thread (None: it has none) and what it said at the start.
-    clock: int | None
-    cpu: int | None
-    #: What the threads of brackets that were open at the start had used by then, in ns.
-    others: dict[Bracket, int | None]
-    #: What other brackets' threads have used in this window, in ns; None: there was no other.
-    neighbours: float | None
-    process_cpu: int
-    witnesses: list[int | None]
-    reaped: int
-    changes: int
     #: Returns False once what opened the bracket has ended without closing it.
     alive: Callable[[], bool]
 
@@ -99,48 +102,52 @@ class Tracker:
     """
 
     def __init__(
-        self,
-        source: Source,
-        heap: Heap | None = None,
-        clock: Callable[[], float] = time.time,
+        self, source: Source, heap: Heap | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         self._source = source
         # A number that is only sampled is never a task's own, whatever the heap holds.
         self._heap = heap if source.exact else None
         self._clock = clock
         self._children = Children()
-        self._witnesses: list[Witness] = []
         self._open: list[Bracket] = []
         self._lock = threading.Lock()
-        self._rss = 0
         self._disabled = False
+        self._rss, self._mapped = source.read()[1:]
+        #: CPU clocks of threads that are no task's, by what their activity means: "offload",
+        #: data of unknown size was (de)serialised; "code", unknown code ran.
+        self._witnesses: list[tuple[int, str]] = []
+        #: CPU clocks of the event loop and our own thread: what they do is told by other means.
+        self._house: list[int] = []
         self._sampler = Sampler(self._tick)
-        self.add_witness(threads.clock_of(self._sampler.thread), "house")
+        self.add_house(threads.clock_of(self._sampler.thread.ident))
         _trackers.add(self)
 
     def add_witness(self, clock: int | None, meaning: str) -> None:
-        """Take the CPU clock of a thread that is not a task's as evidence; see Witness."""
-        if clock is not None and Witness(clock, meaning) not in self._witnesses:
-            self._witnesses.append(Witness(clock, meaning))
+        """Take the CPU clock of a thread as a witness against growth; "offload" or "code"."""
+        if clock is not None and (clock, meaning) not in self._witnesses:
+            self._witnesses.append((clock, meaning))
 
-    def start(
-        self,
-        foreign: int,
-        *,
-        alive: Callable[[], bool],
-        own_thread: bool = True,
-    ) -> Bracket | None:
+    def add_house(self, clock: int | None) -> None:
+        """Take the CPU clock of a thread whose activity is explained."""
+        if clock is not None and clock not in self._house:
+            self._house.append(clock)
+
+    def look(self, foreign: int) -> Look:
+        """Read what surrounds a task, on the event loop; ``foreign`` is the worker's number."""
+        witnesses = tuple(threads.cpu_ns(clock) for clock, _ in self._witnesses)
+        return Look(witnesses, Children.reaped(), foreign)
+
+    def start(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, on the task's own thread where it has one.
 
         Parameters
         ----------
-        foreign
-            Bytes that the worker has moved so far, less what it is moving now.
+        thread
+            The calling thread, if it is the task's own; None for coroutines and for work in other
+            processes.
         alive
             Asked by others' brackets, from any thread: whether this one still stands for
             something that runs.
-        own_thread
-            False for coroutines and for work in other processes.
 
         Returns
         -------
@@ -150,90 +157,84 @@ class Tracker:
         if self._disabled:
             return None
         bracket = Bracket()
-        bracket.foreign = foreign
+        bracket.thread = thread
         bracket.alive = alive
-        bracket.overlapped = False
-        bracket.reusable = bracket.neighbours = None
-        if own_thread:
-            if self._heap is not None:
-                bracket.reusable = self._heap.ask()
-            bracket.clock = threads.own_clock()
-            bracket.cpu = time.thread_time_ns()
-        else:
-            bracket.clock = bracket.cpu = None
-        bracket.witnesses = [threads.cpu_ns(witness.clock) for witness in self._witnesses]
-        bracket.process_cpu = time.process_time_ns()
-        bracket.reaped = Children.reaped()
+        if thread is not None and self._heap is not None:
+            bracket.reusable = self._heap.ask()
+        children = self._children
         if self._sampler.asleep:
-            self._children.forget_the_dead()
+            children.forget_the_dead()
             self._sampler.wake()
         with self._lock:
-            bracket.start = self._clock()
-            rss, mapped = self._fold(0)
-            bracket.rss = bracket.peak = rss + self._children.rss
-            bracket.start_mapped = bracket.mapped = mapped
-            bracket.changes = self._children.changes
-            bracket.others = {}
             if self._open:
                 self._meet(bracket)
-            bracket.concurrency = len(self._open) + 1
+            rss, bracket.faults = self._source.reset()
+            bracket.rss = bracket.peak = rss + children.rss
+            bracket.start_mapped = bracket.mapped = self._mapped
+            bracket.changes = children.changes
             self._open.append(bracket)
+            bracket.start = self._clock()
         return bracket
 
-    def stop(self, bracket: Bracket, foreign: int | Callable[[], int]) -> Window | None:
+    def stop(self, bracket: Bracket) -> bool:
         """Close a bracket, on the task's own thread where it has one.
-
-        Parameters
-        ----------
-        foreign
-            Bytes that the worker has moved so far and those it is moving now, or a function that
-            says so once the memory has been read.
 
         Returns
         -------
-        Window or None
-            None where the bracket was given up meanwhile, or in a forked child.
+        bool
+            Whether there is something to settle: False where the bracket was given up meanwhile,
+            and in a forked child.
         """
         with self._lock:
+            bracket.stop = self._clock()
             if self._disabled or bracket not in self._open:
-                return None
-            rss, _ = self._fold(0)
-            stop = self._clock()
+                return False
+            faults = self._source.faults()
+            # No page fault in the whole window: nothing new was resident, nothing more to read.
+            if faults is None or faults != bracket.faults:
+                bracket.gone = bracket.rss - self._fold(0) - self._children.rss
             self._open.remove(bracket)
-            used = threads.cpu_ns(bracket.clock)
             if self._open:
-                self._part(bracket, used)
-        foreign_bytes = max(0, (foreign if isinstance(foreign, int) else foreign()) - bracket.foreign)
-        # Memory that was there before and has gone made room that RSS does not show.
-        foreign_bytes += max(0, bracket.rss - rss - self._children.rss)
-        offloaded = self._hear_witnesses(bracket, used)
+                self._part(bracket)
+            if bracket.others is not None:
+                self._close_account(bracket)
+            bracket.changes_after = self._children.changes
+        return True
+
+    def settle(self, bracket: Bracket, before: Look, after: Look) -> Window:
+        """Return what a closed bracket has measured, by what surrounded it."""
+        foreign = max(0, after.foreign - before.foreign) + max(0, bracket.gone)
+        offloaded = False
+        for (_, meaning), *used in zip(
+            self._witnesses, before.witnesses, after.witnesses, strict=False
+        ):
+            if _between(*used) > threads.IDLE_NS:
+                offloaded |= meaning == "offload"
+                bracket.overlapped |= meaning == "code"
         growth, scope, reason = judge(
-            Evidence(
-                start_bytes=bracket.rss,
-                peak_bytes=bracket.peak,
-                overlapped=bracket.overlapped,
-                foreign_bytes=foreign_bytes,
-                offloaded=offloaded,
-                reusable_bytes=bracket.reusable,
-                mapped_bytes=bracket.mapped - bracket.start_mapped,
-                own_thread=bracket.cpu is not None,
-                exact=self._source.exact,
-                children_changed=(
-                    bracket.changes != self._children.changes
-                    or bracket.reaped != Children.reaped()
-                ),
-            )
+            start_bytes=bracket.rss,
+            peak_bytes=bracket.peak,
+            overlapped=bracket.overlapped,
+            foreign_bytes=foreign,
+            offloaded=offloaded,
+            reusable_bytes=bracket.reusable,
+            mapped_bytes=bracket.mapped - bracket.start_mapped,
+            own_thread=bracket.thread is not None,
+            exact=self._source.exact,
+            children_changed=(
+                bracket.changes != bracket.changes_after or before.reaped != after.reaped
+            ),
         )
         return Window(
             bracket.start,
-            stop,
+            bracket.stop,
             bracket.rss,
             bracket.peak,
             growth,
             scope,
             reason,
             bracket.reusable,
-            foreign_bytes,
+            foreign,
             bracket.concurrency,
         )
 
@@ -251,58 +252,77 @@ class Tracker:
             self._open.clear()
             self._source.close()
 
-    def _fold(self, children_peak: int) -> tuple[int, int]:
-        """Read the source into all open brackets; return RSS and its mapped part. Locked."""
+    def _fold(self, children_peak: int) -> int:
+        """Read the source into all open brackets; return RSS. Locked."""
         peak, rss, mapped = self._source.read()
-        self._rss = rss
-        total = peak + (children_peak or self._children.rss)
+        self._rss, self._mapped = rss, mapped
+        peak += children_peak or self._children.rss
         for bracket in self._open:
-            if total > bracket.peak:
-                bracket.peak = total
+            if peak > bracket.peak:
+                bracket.peak = peak
             if mapped > bracket.mapped:
                 bracket.mapped = mapped
-        return rss, mapped
+        return rss
+
+    # -- neighbours ----------------------------------------------------------------------
 
     def _meet(self, new: Bracket) -> None:
-        """Let a bracket that opens and those that are open know of each other. Locked."""
-        self._open = [bracket for bracket in self._open if bracket.alive()]
-        new.others = {bracket: threads.cpu_ns(bracket.clock) for bracket in self._open}
-        for bracket in self._open:
-            bracket.concurrency = max(bracket.concurrency, len(self._open) + 1)
+        """Let a bracket that opens and those that are open know of each other. Locked.
 
-    def _part(self, ending: Bracket, used: int | None) -> None:
-        """Settle overlap between a bracket that closes and those that stay open. Locked."""
+        Must be called before the mark is reset: what was so far is the others'.
+        """
+        self._fold(0)
+        self._open = [bracket for bracket in self._open if bracket.alive()]
+        self._open_account(new)
+        new.others = {}
+        for bracket in self._open:
+            # Its thread is alive, or it would not be: a dead one must not be asked.
+            cpu = threads.cpu_ns(threads.clock_of(bracket.thread))
+            new.others[bracket] = cpu
+            if bracket.others is None:  # its first neighbour
+                bracket.others = {}
+                self._open_account(bracket)
+            bracket.concurrency = max(bracket.concurrency, len(self._open) + 1)
+        new.concurrency = len(self._open) + 1
+
+    def _part(self, ending: Bracket) -> None:
+        """Settle what a bracket that closes and those that stay open have used. Locked."""
+        used = threads.cpu_ns(threads.clock_of(ending.thread))
         for bracket in self._open:
             if not bracket.alive():
                 continue
-            # What each has used since both have been open. One without a thread of its own
-            # (coroutines) used "infinitely" much: it can have done anything.
-            since = bracket.others.pop(ending, ending.cpu)
-            bracket.neighbours = (bracket.neighbours or 0) + _between(since, used)
-            since = ending.others.get(bracket, bracket.cpu)
-            ending.neighbours = (ending.neighbours or 0) + _between(
-                since, threads.cpu_ns(bracket.clock)
-            )
+            # What each has used since both have been open: one without a thread of its own
+            # (coroutines) "infinitely" much, for it can have done anything.
+            before = (bracket.others or {}).get(ending, ending.cpu)
+            bracket.neighbours += _between(before, used)
+            before = (ending.others or {}).get(bracket, bracket.cpu)
+            cpu = threads.cpu_ns(threads.clock_of(bracket.thread))
+            ending.neighbours += _between(before, cpu)
+            if bracket.others is not None:
+                bracket.others.pop(ending, None)
 
-    def _hear_witnesses(self, bracket: Bracket, used: int | None) -> bool:
-        """Settle overlap from processor times; return whether the offload thread was active."""
-        offloaded = False
-        explained = _between(bracket.cpu, used)
-        for witness, before in zip(self._witnesses, bracket.witnesses, strict=False):
-            busy = _between(before, threads.cpu_ns(witness.clock))
-            explained += busy
-            if busy > threads.IDLE_NS:
-                offloaded |= witness.meaning == "offload"
-                bracket.overlapped |= witness.meaning == "code"
-        if bracket.neighbours is not None:
-            # A neighbour may be idle itself and have helper threads that are not.
-            process = time.process_time_ns() - bracket.process_cpu
-            unexplained = process - explained - bracket.neighbours
-            if bracket.neighbours > threads.IDLE_NS or unexplained > max(
-                threads.UNEXPLAINED_NS, threads.UNEXPLAINED_SHARE * process
-            ):
-                bracket.overlapped = True
-        return offloaded
+    def _open_account(self, bracket: Bracket) -> None:
+        """Note processor times from which a bracket is no longer alone. Locked."""
+        bracket.cpu = threads.cpu_ns(threads.clock_of(bracket.thread))
+        bracket.process_cpu = time.process_time_ns()
+        bracket.house_cpu = self._house_cpu()
+
+    def _close_account(self, bracket: Bracket) -> None:
+        """Say from processor times whether others can have touched memory meanwhile. Locked."""
+        # A neighbour may be idle itself and have helper threads that are not.
+        process = time.process_time_ns() - bracket.process_cpu
+        own = _between(bracket.cpu, threads.cpu_ns(threads.clock_of(bracket.thread)))
+        house = self._house_cpu() - bracket.house_cpu
+        unexplained = process - own - house - bracket.neighbours
+        bracket.overlapped |= bracket.neighbours > threads.IDLE_NS or unexplained > max(
+            threads.UNEXPLAINED_NS, threads.UNEXPLAINED_SHARE * process
+        )
+
+    def _house_cpu(self) -> int:
+        clocks = (*self._house, *(clock for clock, _ in self._witnesses))
+        return sum(threads.cpu_ns(clock) or 0 for clock in clocks)
+
+    # -- between boundaries --------------------------------------------------------------
 
     def _tick(self) -> bool:
         """Look between boundaries, on the sampler's thread; return whether a task runs."""
@@ -314,6 +334,9 @@ class Tracker:
                 if self._disabled:
                     return False
                 self._fold(children)
+                # A new window for the mark, so that what stood long ago is not added to what a
+                # child holds now.
+                self._source.reset()
                 self._open = [bracket for bracket in self._open if bracket.alive()]
         except Exception:  # the thread must live; a look that failed shows as a change
             self._children.changes += 1

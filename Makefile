@@ -1,0 +1,45 @@
+# Two commands for a fresh machine with python3, make and git: `make demo` and `make test`.
+# Everything that they need goes into $(VENV) or is installed by tests/install-components.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-floor lint bench docs clean
+
+demo: $(VENV)/installed
+	$(BIN)/dask memusage demo $(DEMO_ARGS)
+
+test: $(VENV)/installed-test
+	tests/install-components
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# The oldest releases that pyproject.toml declares, in an environment of their own.
+test-floor:
+	$(MAKE) test VENV=.venv-floor CONSTRAINT=tests/floor.txt TEST_ARGS="$(TEST_ARGS)"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . $(if $(CONSTRAINT),-c $(CONSTRAINT))
+	touch $@
+
+$(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]' $(if $(CONSTRAINT),-c $(CONSTRAINT))
+	touch $@
