@@ -1,0 +1,126 @@
+"""Write the reference pages that follow from the code: docs/metrics.md and docs/settings.md.
+
+``make docs`` runs it; a test fails where the pages are not what it writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from dask_memusage_exporter import catalog
+from dask_memusage_exporter.measure.scopes import REASONS
+
+DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "dask_memusage_exporter"
+
+METRICS_HEAD = """\
+# Metrics
+
+All of them are on the `/metrics` that Dask's servers have already (the dashboard's port). The full
+name is `{namespace}_{worker|scheduler}_{name}`, where the namespace is Dask's own setting
+`distributed.dashboard.prometheus.namespace` (default `dask`), for example
+`dask_worker_task_memory_peak_bytes`. `task_prefix_name` is the label that Dask's scheduler uses in
+its own metrics, so the two can be joined. Counters end in `_total`, info metrics in `_info`.
+
+| name | kind | labels | on | stability | meaning |
+|---|---|---|---|---|---|
+"""
+
+METRICS_TAIL = """
+## Reading them
+
+- **Mean growth of a kind of task** (exact, from sum and count):
+  `sum by (task_prefix_name) (rate(dask_worker_task_memory_growth_bytes_sum[10m])) / sum by
+  (task_prefix_name) (rate(dask_worker_task_memory_growth_bytes_count[10m]))`
+- **95th percentile of peaks** (within a bucket's width):
+  `histogram_quantile(0.95, sum by (le, task_prefix_name)
+  (rate(dask_worker_task_memory_peak_bytes_bucket[10m])))`
+- **Share of tasks whose number is not their own**:
+  `sum(rate(dask_worker_task_memory_tasks_total{scope="shared"}[10m])) /
+  sum(rate(dask_worker_task_memory_tasks_total[10m]))`
+- **Workers that are not measured**: `dask_scheduler_task_memory_workers{source="missing"}`
+
+The default bounds of both histograms are 1 and 1.5 times 2^k MiB from 1 MiB to 256 GiB: 37 and
+`+Inf`, so one prefix has 2 x 40 series for its histograms, 2 for the counters and 2 for the maxima.
+`memusage.worker-metrics: totals` drops the prefix label from a worker's page, `off` drops all.
+
+**Several servers in one process** (`LocalCluster(processes=False)`): Dask renders one registry of
+the process on every port, so each page shows the same series. Scrape one of the ports, or
+aggregate with `max` instead of `sum` over `instance`.
+
+`task_memory_peak_bytes` counts every task, `task_memory_growth_bytes` only those of scope
+`process`; see [whose number it is](kinds-of-task.md). Values of `reason` on a record:
+
+| reason | meaning |
+|---|---|
+"""
+
+SETTINGS_HEAD = """\
+# Settings
+
+Dask's configuration, key `memusage`: any YAML file that Dask reads, `dask.config.set`, or the
+environment as `DASK_MEMUSAGE__...` (`DASK_MEMUSAGE__CSV__PATH=memusage.csv`). A setting that is
+unknown or out of range is one error that names the key, the value and what is allowed.
+
+The scheduler's settings travel to the workers. For how to measure (`source`, `kernel-reset`,
+`trim`) a worker's own explicit value wins; for all else the scheduler's does.
+
+| key | default | meaning |
+|---|---|---|
+"""
+
+SETTINGS_TAIL = """
+## What `kernel-reset` does to others in the process
+
+Resetting the high-water mark changes what other code in the same process reads as `VmHWM` (in
+`/proc/self/status`) and `ru_maxrss` (`getrusage`): they show the peak since the last task's start
+instead of the process's lifetime. Switch it off where something in a worker needs the lifetime's
+peak; tasks are then sampled every 10 ms, all with scope `shared`, reason `polling`.
+"""
+
+
+def metrics() -> str:
+    """Return the page of all metrics."""
+    lines = [
+        f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels) or '-'} "
+        f"| {', '.join(metric.on)} | {metric.stability} | {metric.help} |"
+        for metric in catalog.METRICS
+    ]
+    reasons = [f"| `{reason}` | {meaning} |" for reason, meaning in REASONS.items()]
+    return METRICS_HEAD + "\n".join(lines) + "\n" + METRICS_TAIL + "\n".join(reasons) + "\n"
+
+
+def settings() -> str:
+    """Return the page of all settings."""
+    defaults = yaml.safe_load((PACKAGE / "memusage.yaml").read_text())["memusage"]
+    schema = yaml.safe_load((PACKAGE / "memusage-schema.yaml").read_text())
+    lines = _settings(defaults, schema["properties"]["memusage"]["properties"], "memusage.")
+    return SETTINGS_HEAD + "\n".join(lines) + "\n" + SETTINGS_TAIL
+
+
+def _settings(defaults: dict, schema: dict, above: str) -> list[str]:
+    lines: list[str] = []
+    for name, what in schema.items():
+        default = defaults[name]
+        if "properties" in what:
+            lines += _settings(default, what["properties"], f"{above}{name}.")
+            continue
+        shown = "none" if default is None else str(default).lower()
+        allowed = (
+            " One of " + ", ".join(f"`{one}`" for one in what["enum"] if one is not False) + "."
+            if "enum" in what
+            else ""
+        )
+        lines.append(f"| `{above}{name}` | `{shown}` | {what['description']}{allowed} |")
+    return lines
+
+
+PAGES = {"metrics.md": metrics, "settings.md": settings}
+
+if __name__ == "__main__":
+    for name, write in PAGES.items():
+        (DOCS / name).write_text(write())
+        sys.stderr.write(f"docs/{name}\n")
