@@ -1,10 +1,24 @@
-"""`dask memusage VERB`: one verb a file."""
+"""`dask memusage VERB`: one verb a file.
+
+To add a verb: 1. a file with a ``click`` command of class :class:`~.command.Verb`, 2. a line in
+:data:`VERBS`, 3. its tests, as a process (``tests/test_demo.py`` shows how).
+"""
 
 from __future__ import annotations
 
 import click
 
+from dask_memusage_exporter.cli.command import Verbs
+from dask_memusage_exporter.cli.demo import demo
 
-@click.group()
+
+@click.group(cls=Verbs)
 def memusage() -> None:
     """Exact peak memory of every Dask task."""
+
+
+#: Every verb, in the order in which the help shows them.
+VERBS: tuple[click.Command, ...] = (demo,)
+
+for _verb in VERBS:
+    memusage.add_command(_verb)
