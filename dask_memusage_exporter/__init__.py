@@ -18,7 +18,7 @@ except PackageNotFoundError:  # a copy on the path, not installed
 from dask_memusage_exporter.config import ConfigError
 from dask_memusage_exporter.install import install
 from dask_memusage_exporter.records import TaskMemory
-from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin, begin
+from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin, on_preload
 from dask_memusage_exporter.worker import MemusageWorkerPlugin
 
 __all__ = [
@@ -41,6 +41,6 @@ async def dask_setup(server: object) -> None:
     from distributed import Scheduler, Worker
 
     if isinstance(server, Scheduler):
-        await begin(server, None, tolerant=True)
+        await on_preload(server)
     elif isinstance(server, Worker):
         await server.plugin_add(MemusageWorkerPlugin(), name=MemusageWorkerPlugin.name)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from dask_memusage_exporter.measure.scopes import SCOPES
 from dask_memusage_exporter.records import TaskMemory
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("distributed.worker.memusage")
 
 #: The label of all prefixes beyond the cap.
 OVERFLOW = "__overflow__"
@@ -142,7 +142,9 @@ class Aggregate:
         """Count one record."""
         now = self._clock()
         with self._lock:
-            prefix = self._prefix(record.task_prefix[:LABEL_LENGTH])
+            prefix = self._prefixes.get(record.task_prefix)
+            if prefix is None or record.task_prefix == OVERFLOW:
+                prefix = self._prefix(to_label(record.task_prefix))
             prefix.peak.observe(record.peak_bytes)
             prefix.peak_maximum.observe(record.peak_bytes, now)
             prefix.tasks[record.scope] += 1
@@ -185,6 +187,11 @@ class Aggregate:
         if OVERFLOW not in self._prefixes:
             self._prefixes[OVERFLOW] = _Prefix(self.bounds, self._window)
         return self._prefixes[OVERFLOW]
+
+
+def to_label(prefix: str) -> str:
+    """Return a prefix as a label: of bounded length, and such that the page can be encoded."""
+    return prefix[:LABEL_LENGTH].encode("utf-8", "replace").decode()
 
 
 def totals(

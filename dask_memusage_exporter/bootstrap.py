@@ -2,7 +2,8 @@
 
 A worker that cannot unpickle a plugin dies at registration, and then no worker can join. So what
 travels is this module's source text inside a pickle of builtins: it loads on any worker and any
-Python that distributed runs on, with our package or without it, and decides there.
+Python that distributed runs on, with our package or without it, and decides there. Of the package
+it uses ``worker.attach`` alone: the scheduler's version may be newer or older than the worker's.
 
 This module may import the standard library and distributed only.
 """
@@ -14,7 +15,8 @@ from typing import Any
 
 from distributed.diagnostics.plugin import WorkerPlugin
 
-logger = logging.getLogger("dask_memusage_exporter.bootstrap")
+# Below the worker's own logger: Dask shows it, Client.get_worker_logs too.
+logger = logging.getLogger("distributed.worker.memusage")
 
 
 class Bootstrap(WorkerPlugin):

@@ -7,6 +7,7 @@ Does not cover: whether a path can be written or a source works here; who uses i
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,8 @@ from typing import Any
 import dask.config
 import yaml
 from dask.utils import parse_bytes, parse_timedelta
+
+logger = logging.getLogger("distributed.worker.memusage")
 
 MIB = 2**20
 
@@ -62,7 +65,8 @@ class Settings:
         ----------
         base
             Explicit settings of the scheduler (see :func:`explicit`). They stand below this
-            process's own for the keys in :data:`WORKER_KEYS` and above them for all others.
+            process's own for the keys in :data:`WORKER_KEYS` and above them for all others. What
+            only one of the two versions knows is no error then.
 
         Raises
         ------
@@ -71,13 +75,15 @@ class Settings:
         """
         own = explicit()
         values = _flatten(_defaults())
+        for key in own.keys() - values.keys():
+            unknown = f"memusage.{key}: there is no such setting{_hint(key, values)}"
+            if base is None:
+                raise ConfigError(unknown)
+            logger.warning("dask-memusage: %s", unknown)
         if base is not None:
             own = {key: value for key, value in own.items() if key in WORKER_KEYS}
             values.update({key: value for key, value in base.items() if key in values})
-        for key, value in own.items():
-            if key not in values:
-                raise ConfigError(f"memusage.{key}: there is no such setting{_hint(key, values)}")
-            values[key] = value
+        values.update(own)
         return cls(
             **{
                 key.replace(".", "_").replace("-", "_"): _CHECKS[key](f"memusage.{key}", value)
@@ -117,13 +123,15 @@ def _flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         key = above + str(name).replace("_", "-")
         if isinstance(value, Mapping):
             flat.update(_flatten(value, key + "."))
-        else:
+        elif value is not None or key not in _SECTIONS:  # a section with nothing in it
             flat[key] = value
     return flat
 
 
 def _hint(key: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
+    if key in _SECTIONS:
+        close = [one for one in known if one.startswith(key + ".")]
     if close:
         return f"; did you mean memusage.{close[0]}?"
     return "; the settings are " + ", ".join(sorted(known))
@@ -174,7 +182,7 @@ def _seconds(key: str, value: object) -> float:
         raise wrong
     try:
         seconds = float(parse_timedelta(value))
-    except (ValueError, KeyError):
+    except (ValueError, LookupError, OverflowError):
         raise wrong from None
     if not 10 <= seconds <= 86_400:
         raise wrong
@@ -189,14 +197,20 @@ def _buckets(key: str, value: object) -> tuple[int, ...]:
     )
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 200:
         raise wrong
+    for bound in value:
+        if isinstance(bound, bool) or not isinstance(bound, (int, float, str)) or bound == "":
+            raise wrong
     try:
         bounds = tuple(parse_bytes(bound) for bound in value)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, LookupError, OverflowError):
         raise wrong from None
     if bounds[0] <= 0 or any(a >= b for a, b in pairwise(bounds)):
         raise wrong
     return bounds
 
+
+#: Keys that hold keys.
+_SECTIONS = frozenset({"csv"})
 
 _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "csv.path": _path,

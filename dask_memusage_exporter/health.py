@@ -11,8 +11,6 @@ import threading
 import time
 from types import TracebackType
 
-logger = logging.getLogger(__name__)
-
 #: Values of the label ``stage``.
 STAGES = ("start", "stop", "record", "send", "aggregate", "render", "csv", "export")
 
@@ -28,9 +26,18 @@ DROP_REASONS = (
 
 
 class Health:
-    """Counters of one process or scheduler. All start at 0, so that a first rise is seen."""
+    """Counters of one process or scheduler. All start at 0, so that a first rise is seen.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    server
+        ``worker`` or ``scheduler``: in whose log errors are to be read.
+    """
+
+    def __init__(self, server: str = "worker") -> None:
+        # Dask shows what is logged below its servers' own loggers, on screen and in
+        # Client.get_worker_logs, and nothing of other names below warnings.
+        self.logger = logging.getLogger(f"distributed.{server}.memusage")
         self._lock = threading.Lock()
         self.errors = dict.fromkeys(STAGES, 0)
         #: Seconds spent.
@@ -50,13 +57,13 @@ class Health:
             first = kind not in self._logged
             self._logged.add(kind)
         if first:
-            logger.warning(
-                "dask-memusage: %s failed (%s: %s); the task is not affected, further errors of "
-                "this kind are only counted",
+            self.logger.warning(
+                "dask-memusage: %s failed (%s: %s); tasks are not affected, further errors of this "
+                "kind are only counted",
                 stage,
                 type(error).__name__,
                 error,
-                exc_info=logger.isEnabledFor(logging.DEBUG),
+                exc_info=self.logger.isEnabledFor(logging.DEBUG),
             )
 
     def drop(self, reason: str, count: int = 1) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Awaitable
 from typing import Any
 
 from distributed import Client, Scheduler, default_client
 from distributed.deploy.cluster import Cluster
 from distributed.utils import sync
 
-from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin
+from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin, prepare
 
 
-def install(target: Any = None, csv_path: str | None = None) -> Any:
+def install(target: Any = None, csv_path: str | os.PathLike[str] | None = None) -> Any:
     """Measure the memory of every task of a cluster from now on.
 
     A drop-in for ``dask_memusage.install``. Calling it again is harmless, and may add a CSV.
@@ -29,7 +31,8 @@ def install(target: Any = None, csv_path: str | None = None) -> Any:
     Returns
     -------
     None or awaitable
-        An awaitable where the target is asynchronous: measuring has begun when it is done.
+        An awaitable where the target is asynchronous: measuring has begun when it is done. On the
+        scheduler's own event loop it begins without being awaited, and errors are raised at once.
 
     Raises
     ------
@@ -38,9 +41,11 @@ def install(target: Any = None, csv_path: str | None = None) -> Any:
     TypeError
         The target is nothing of the above.
     ConfigError
-        A setting is wrong.
+        A setting is wrong. The settings are those of the scheduler's process.
     OSError
-        The CSV file cannot be written.
+        The CSV file cannot be written. Nothing has been set up then.
+    ModuleNotFoundError
+        The scheduler's environment lacks this package.
     """
     if target is None:
         try:
@@ -50,41 +55,62 @@ def install(target: Any = None, csv_path: str | None = None) -> Any:
                 "install() found no Dask client; create distributed.Client(...) first, or give it "
                 "a Client, a Cluster or a Scheduler"
             ) from None
-    plugin = MemusageSchedulerPlugin(csv_path)
+    csv_path = None if csv_path is None else os.fspath(csv_path)
     if isinstance(target, Cluster):
         scheduler = getattr(target, "scheduler", None)
         if not isinstance(scheduler, Scheduler):
-            return _through_client(target, plugin)
+            return _through_client(target, csv_path)
         target = scheduler
     if isinstance(target, Scheduler):
-        return _in_process(target, plugin)
+        return _in_process(target, csv_path)
     if isinstance(target, Client):
-        return target.register_plugin(plugin)
+        return target.sync(_register, target, csv_path)
     raise TypeError(
         f"install() takes a distributed Client, Cluster or Scheduler, or nothing; got {target!r}"
     )
 
 
-def _in_process(scheduler: Scheduler, plugin: MemusageSchedulerPlugin) -> Any:
-    async def register() -> None:
-        await scheduler.register_scheduler_plugin(plugin, name=plugin.name, idempotent=False)
-
+def _in_process(scheduler: Scheduler, csv_path: str | None) -> Awaitable[None] | None:
     try:
         running = asyncio.get_running_loop()
     except RuntimeError:
         running = None
-    if running is not None and running is scheduler.loop.asyncio_loop:  # type: ignore[attr-defined]
-        return asyncio.ensure_future(register())
-    return sync(scheduler.loop, register)
+    if running is scheduler.loop.asyncio_loop:  # type: ignore[attr-defined]
+        task = asyncio.ensure_future(prepare(scheduler, csv_path).push())
+        _pushing.add(task)
+        task.add_done_callback(_pushing.discard)
+        return task
+
+    async def begin() -> None:
+        await prepare(scheduler, csv_path).push()
+
+    sync(scheduler.loop, begin)
+    return None
 
 
-def _through_client(cluster: Cluster, plugin: MemusageSchedulerPlugin) -> Any:
+#: Nobody may await them, and the event loop alone does not keep them.
+_pushing: set[asyncio.Task[None]] = set()
+
+
+async def _register(client: Client, csv_path: str | None) -> None:
+    try:
+        await client.register_plugin(MemusageSchedulerPlugin(csv_path))
+    except ModuleNotFoundError as error:
+        if "dask_memusage_exporter" not in str(error):
+            raise
+        raise ModuleNotFoundError(
+            "the scheduler's environment lacks dask-memusage-exporter; install it there, or "
+            "measure the workers alone: client.register_plugin(MemusageWorkerPlugin())"
+        ) from None
+
+
+def _through_client(cluster: Cluster, csv_path: str | None) -> Any:
     if cluster.asynchronous:
 
         async def register() -> None:
             async with Client(cluster, asynchronous=True, set_as_default=False) as client:
-                await client.register_plugin(plugin)
+                await _register(client, csv_path)
 
         return register()
     with Client(cluster, set_as_default=False) as client:
-        return client.register_plugin(plugin)
+        return client.sync(_register, client, csv_path)

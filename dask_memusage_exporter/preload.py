@@ -11,19 +11,29 @@ from __future__ import annotations
 import os
 
 import click
+from click.core import ParameterSource
+
+from dask_memusage_exporter.exporters.csv_file import WRITING
 
 
-def _writable(_: click.Context, __: click.Parameter, path: str) -> str:
+def _writable(context: click.Context, parameter: click.Parameter, path: str) -> str:
     """Refuse a path that cannot be written while the command line is read.
 
-    Later is too late: Dask logs what a preload raises and runs on.
+    Later is too late: Dask logs what a preload raises and runs on. The default is not looked at:
+    the command line may be a worker's, which writes nothing.
     """
-    directory = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(directory):
-        raise click.BadParameter(f"there is no directory {directory}; make it or give another path")
-    target = path if os.path.exists(path) else directory
-    if os.path.isdir(path) or not os.access(target, os.W_OK):
-        raise click.BadParameter(f"{path} cannot be written; give another path")
+    if context.get_parameter_source(str(parameter.name)) is ParameterSource.DEFAULT:
+        return path
+    existed = os.path.lexists(path)
+    try:
+        os.close(os.open(path, WRITING, 0o666))
+    except OSError as error:
+        raise click.BadParameter(
+            f"{path} cannot be written ({error.strerror}); give a path in a directory that exists "
+            "and that the scheduler's process may write to"
+        ) from None
+    if not existed:
+        os.unlink(path)
     return path
 
 
@@ -40,9 +50,9 @@ async def dask_setup(server: object, memusage_csv: str) -> None:
     from distributed import Scheduler
 
     from dask_memusage_exporter import dask_setup as plain
-    from dask_memusage_exporter.scheduler import begin
+    from dask_memusage_exporter.scheduler import on_preload
 
     if isinstance(server, Scheduler):
-        await begin(server, memusage_csv, tolerant=True)
+        await on_preload(server, memusage_csv)
     else:
         await plain(server)

@@ -2,7 +2,7 @@
 
 Several Workers may live in one process (``LocalCluster(processes=False)``). The process has one
 high-water mark, one heap and one Prometheus registry, so all of them share this. The first worker
-brings it up, with its settings; the last takes it down, and its series go.
+brings it up, with its settings; when the last one closes it is taken down, and its series go.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from prometheus_client import Metric
@@ -22,10 +22,10 @@ from dask_memusage_exporter.exporters import prometheus
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.measure import choose, threads
 from dask_memusage_exporter.measure.heap import Heap
-from dask_memusage_exporter.measure.tracker import Look, Tracker
+from dask_memusage_exporter.measure.tracker import Bracket, Tracker
 from dask_memusage_exporter.traffic import Traffic
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("distributed.worker.memusage")
 
 
 class Member(Protocol):
@@ -36,12 +36,17 @@ class Member(Protocol):
     def memory_limit(self) -> int | None:
         """Return the worker's memory limit in bytes; None where there is none."""
 
+    def measured_by(self, measuring: Process) -> None:
+        """Hear whose part this worker is from now on."""
+
 
 class Process:
-    """One process's measurement. Get it by :func:`join`."""
+    """One process's measurement. Get it by :func:`join`, which tells the worker."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        #: Whether a task has been measured: until then other settings may still take over.
+        self.used = False
         self.pid = os.getpid()
         self.health = Health()
         source, why = choose(settings.source, kernel_reset=settings.kernel_reset)
@@ -64,19 +69,24 @@ class Process:
             logger.info("dask-memusage: the heap cannot be asked (%s)", heap.unknown)
         prometheus.add(self)
 
-    def look_before(self) -> Look:
-        """Read what surrounds a task of this process before it starts, on the event loop."""
+    def open(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
+        """Open a bracket, see :meth:`Tracker.start`, and note what all workers here have moved."""
+        self.used = True
         moved = 0
         for member in self.members:
             moved += member.traffic.opening()
-        return self.tracker.look(moved)
+        bracket = self.tracker.start(thread, alive)
+        if bracket is not None:
+            bracket.foreign = moved
+        return bracket
 
-    def look_after(self) -> Look:
-        """Read the same after it has ended."""
-        moved = 0
-        for member in self.members:
-            moved += member.traffic.closing()
-        return self.tracker.look(moved)
+    def shut(self, bracket: Bracket) -> bool:
+        """Close it, see :meth:`Tracker.stop`, and note the same."""
+        closed = self.tracker.stop(bracket)
+        if closed:
+            for member in self.members:
+                bracket.foreign_after += member.traffic.closing()
+        return closed
 
     def collect(self) -> Iterable[Metric]:
         """Return the worker's metric families; see ``catalog``."""
@@ -85,9 +95,18 @@ class Process:
             namespace=prometheus_namespace(),
             mode=self.settings.worker_metrics,
             aggregate=self.aggregate,
-            health=self.health,
-            source=self.source_name,
             memory_limit=min(limits, default=None),
+        )
+
+    def collect_health(self) -> Iterable[Metric]:
+        """Return those that tell of the exporter itself."""
+        if self.settings.worker_metrics == "off":
+            return ()
+        return prometheus.health_families(
+            namespace=prometheus_namespace(),
+            server="worker",
+            health=self.health,
+            info={"source": self.source_name},
         )
 
     def close(self) -> None:
@@ -100,26 +119,40 @@ _lock = threading.Lock()
 _process: Process | None = None
 
 
-def join(member: Member, settings: Settings) -> Process:
-    """Return this process's measurement with a worker added to it."""
+def join(member: Member, settings: Settings) -> None:
+    """Measure a worker as part of its process, and tell it so.
+
+    Settings that differ from the process's take over if no task has been measured yet: those of a
+    worker's preload stand until the scheduler's arrive.
+    """
     global _process
     with _lock:
         # A forked child inherits its parent's, which measures nothing there.
-        if _process is None or _process.pid != os.getpid():
-            _process = Process(settings)
-        elif _process.settings != settings:
-            logger.warning(
-                "dask-memusage: another worker of this process has set up measuring with other "
-                "settings; they hold for this one too: %s",
-                _process.settings,
-            )
-        if member not in _process.members:
-            _process.members.append(member)
-        return _process
+        here = _process if _process is not None and _process.pid == os.getpid() else None
+        members = [] if here is None else here.members
+        if here is not None and here.settings != settings:
+            if here.used:
+                logger.warning(
+                    "dask-memusage: other settings than before; they hold once all workers of this "
+                    "process have been restarted. Until then: %s",
+                    here.settings,
+                )
+            else:
+                here.close()
+                here = None
+        if member not in members:
+            members = [*members, member]
+        told = [member]
+        if here is None:
+            here = _process = Process(settings)
+            told = members
+        here.members = members
+        for one in told:
+            one.measured_by(here)
 
 
 def leave(member: Member) -> None:
-    """Take a worker off; the last one takes the process's measurement down."""
+    """Take a worker off that closes; the last one takes the process's measurement down."""
     global _process
     with _lock:
         if _process is None or member not in _process.members:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dask.typing import Key
@@ -54,14 +53,16 @@ def to_row(record: TaskMemory) -> tuple[Any, ...]:
     return (record.key, *record[3:])
 
 
-def from_row(row: Sequence[Any], worker: str) -> TaskMemory:
-    """Return the record of a row.
+def from_row(row: object, worker: str) -> TaskMemory:
+    """Return the record of a row; one field more or less is another version's, and no error.
 
     Raises
     ------
-    TypeError
-        It is no row. One field too many or too few is none: another version has sent it.
+    Exception
+        It is no row: of any kind, since anything may come over the wire.
     """
+    if not isinstance(row, (tuple, list)):
+        raise TypeError(f"no row: {row!r:.200}")
     rest = list(row[1 : len(TaskMemory._fields) - 2])
     rest += [None] * (len(TaskMemory._fields) - 3 - len(rest))
     record = TaskMemory(row[0], key_split(row[0]), worker, *rest)

@@ -19,7 +19,7 @@ from prometheus_client import Metric
 
 from dask_memusage_exporter import __version__, catalog
 from dask_memusage_exporter.bootstrap import ByValue
-from dask_memusage_exporter.config import Settings, explicit, prometheus_namespace
+from dask_memusage_exporter.config import ConfigError, Settings, explicit, prometheus_namespace
 from dask_memusage_exporter.exporters import RecordSink, prometheus
 from dask_memusage_exporter.exporters.csv_file import CsvFile
 from dask_memusage_exporter.health import Health
@@ -29,33 +29,36 @@ from dask_memusage_exporter.worker import EXTENSION, RECORDS_OP
 if TYPE_CHECKING:
     from distributed import Scheduler
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("distributed.scheduler.memusage")
 
 
 class SchedulerAgent:
-    """One scheduler's measurement. Made by :meth:`MemusageSchedulerPlugin.start`."""
+    """One scheduler's measurement. Made by :func:`prepare`."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.health = Health()
+        self.health = Health("scheduler")
         self.sinks: list[RecordSink] = []
         self._flush_waits = False
-        # For the scheduler's life: an operation that it does not know closes a worker's stream.
-        scheduler.stream_handlers[RECORDS_OP] = self.handle_records
-        prometheus.add(self)
 
-    def add_csv(self, path: str, columns: str) -> None:
-        """Write a CSV from now on; a path that is being written already is left alone.
+    def start(self) -> None:
+        """Take the scheduler over."""
+        self.scheduler.extensions[EXTENSION] = self
+        # For the scheduler's life: an operation that it does not know closes a worker's stream.
+        self.scheduler.stream_handlers[RECORDS_OP] = self.handle_records
+        prometheus.add(self)
+        logger.info("dask-memusage %s: measuring this scheduler's cluster", __version__)
+
+    def add_csv(self, path: str | os.PathLike[str], columns: str) -> None:
+        """Write a CSV from now on; a file that is being written already is left alone.
 
         Raises
         ------
         OSError
             The file cannot be written.
         """
-        csv_file = _same_file(self.sinks, path) or CsvFile(
-            path, columns=columns, health=self.health
-        )
-        if csv_file not in self.sinks:
+        if not any(isinstance(sink, CsvFile) and sink.is_at(path) for sink in self.sinks):
+            csv_file = CsvFile(path, columns=columns, health=self.health)
             self.add_sink(csv_file)
             logger.info("dask-memusage: writing %s", csv_file.path)
 
@@ -65,24 +68,22 @@ class SchedulerAgent:
 
     async def push(self) -> None:
         """Put the bootstrap on every worker that is there or will come."""
-        options = {"settings": explicit(), "rows": bool(self.sinks)}
-        try:
-            await self.scheduler.register_worker_plugin(
-                comm=None, plugin=dumps(ByValue(options)), name=ByValue.name, idempotent=False
-            )
-        except OSError as error:
-            # A worker left while it was told. It needs nothing more; the others have been told.
-            logger.info("dask-memusage: a worker went away while it was set up (%s)", error)
+        settings = {key: value for key, value in explicit().items() if not key.startswith("csv.")}
+        plugin = dumps(ByValue({"settings": settings, "rows": bool(self.sinks)}))
+        # What Scheduler.register_worker_plugin does, which gives up at the first worker that
+        # leaves while it is told: the others must be waited for.
+        self.scheduler.worker_plugins[ByValue.name] = plugin
+        await self.scheduler.broadcast(
+            msg={"op": "plugin-add", "plugin": plugin, "name": ByValue.name}, on_error="ignore"
+        )
 
-    def handle_records(
-        self, rows: Iterable[tuple[Any, ...]] = (), worker: str = "", **_: Any
-    ) -> None:
+    def handle_records(self, rows: object = (), worker: str = "", **_: Any) -> None:
         """Take records in from a worker's stream; runs on the event loop and never raises."""
         with self.health.guard("record"):
-            for row in rows:
+            for row in rows if isinstance(rows, (tuple, list)) else (rows,):
                 try:
                     record = from_row(row, worker)
-                except (TypeError, IndexError) as error:
+                except Exception as error:
                     self.health.drop("invalid")
                     self.health.error("record", error)
                     continue
@@ -103,12 +104,19 @@ class SchedulerAgent:
     def collect(self) -> Iterable[Metric]:
         """Return the scheduler's metric families; see ``catalog``."""
         workers = dict.fromkeys(catalog.SOURCES, 0)
-        for state in self.scheduler.workers.values():
+        # In one step: another cluster of this process may ask, from its own event loop.
+        for state in list(dict.values(self.scheduler.workers)):
             said = state.metrics.get(EXTENSION)
             source = said.get("source") if isinstance(said, dict) else None
             workers[source if source in workers else "missing"] += 1
         return prometheus.scheduler_families(
-            namespace=prometheus_namespace(), health=self.health, workers_by_source=workers
+            namespace=prometheus_namespace(), workers_by_source=workers
+        )
+
+    def collect_health(self) -> Iterable[Metric]:
+        """Return those that tell of the exporter itself."""
+        return prometheus.health_families(
+            namespace=prometheus_namespace(), server="scheduler", health=self.health, info={}
         )
 
     def teardown(self) -> None:
@@ -122,7 +130,7 @@ class MemusageSchedulerPlugin(SchedulerPlugin):
     """Measures all tasks of a cluster: ``client.register_plugin(MemusageSchedulerPlugin())``.
 
     It puts what is needed on every worker itself. Registering it again is harmless, and may add a
-    CSV.
+    CSV. ``client.unregister_worker_plugin("memusage")`` stops measuring.
 
     Parameters
     ----------
@@ -133,7 +141,7 @@ class MemusageSchedulerPlugin(SchedulerPlugin):
 
     name = EXTENSION
 
-    def __init__(self, csv_path: str | None = None) -> None:
+    def __init__(self, csv_path: str | os.PathLike[str] | None = None) -> None:
         self.csv_path = csv_path
 
     async def start(self, scheduler: Scheduler) -> None:
@@ -146,15 +154,15 @@ class MemusageSchedulerPlugin(SchedulerPlugin):
         OSError
             The CSV file cannot be written.
         """
-        await begin(scheduler, self.csv_path)
+        await prepare(scheduler, self.csv_path).push()
         # Registered again: the state is kept, only the plugin object is replaced.
         scheduler.plugins.pop(self.name, None)
 
 
-async def begin(
-    scheduler: Scheduler, csv_path: str | None, *, tolerant: bool = False
+def prepare(
+    scheduler: Scheduler, csv_path: str | os.PathLike[str] | None, *, tolerant: bool = False
 ) -> SchedulerAgent:
-    """Begin to measure a scheduler's cluster; return the agent.
+    """Set measuring up on a scheduler, or add a CSV; :meth:`SchedulerAgent.push` begins.
 
     Parameters
     ----------
@@ -163,12 +171,15 @@ async def begin(
     tolerant
         Go on without a CSV that cannot be written, and say so in the log and in
         ``task_memory_errors_total{stage="csv"}``: for preloads, whose errors Dask only logs.
+
+    Raises
+    ------
+    ConfigError, OSError
+        Nothing is set up then.
     """
     settings = Settings.load()
-    agent = scheduler.extensions.get(EXTENSION)
-    if not isinstance(agent, SchedulerAgent):
-        agent = scheduler.extensions[EXTENSION] = SchedulerAgent(scheduler)
-        logger.info("dask-memusage %s: measuring this scheduler's cluster", __version__)
+    known = scheduler.extensions.get(EXTENSION)
+    agent = known if isinstance(known, SchedulerAgent) else SchedulerAgent(scheduler)
     path = csv_path or settings.csv_path
     if path is not None:
         try:
@@ -177,12 +188,16 @@ async def begin(
             if not tolerant:
                 raise
             agent.health.error("csv", error)
-    await agent.push()
+    if agent is not known:
+        agent.start()
     return agent
 
 
-def _same_file(sinks: Iterable[RecordSink], path: str) -> CsvFile | None:
-    for sink in sinks:
-        if isinstance(sink, CsvFile) and sink.path == os.path.abspath(path):
-            return sink
-    return None
+async def on_preload(scheduler: Scheduler, csv_path: str | None = None) -> None:
+    """Begin from a preload: what is wrong is one line in the log, and the scheduler runs on."""
+    try:
+        agent = prepare(scheduler, csv_path, tolerant=True)
+    except ConfigError as error:
+        logger.warning("dask-memusage: nothing is measured. %s", error)
+    else:
+        await agent.push()

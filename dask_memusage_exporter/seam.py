@@ -4,6 +4,9 @@
 deleted by distributed on the task's thread, right around the user's function. A dict of our own in
 its place tells both moments, with key and thread, and no function of distributed is patched.
 
+Actors' methods that are coroutines, and what ``Client.run`` sends, run on the event loop and are
+not in that dict. They come by handlers of the worker (``Server.handlers``), and are told of there.
+
 Two traps, both handled here:
 
 - Both happen while ``Worker.active_threads_lock`` is held, which the event loop takes every 10 ms
@@ -14,9 +17,13 @@ Two traps, both handled here:
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from threading import get_ident
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -50,12 +57,12 @@ class ActiveThreads(dict[int, Key]):
         self._on_start, self._on_stop = listener.on_start, listener.on_stop
 
     def __setitem__(self, thread: int, key: Key) -> None:
-        super().__setitem__(thread, key)
+        dict.__setitem__(self, thread, key)
         self._after_release[thread] = (self._on_start, key)
 
     def __delitem__(self, thread: int) -> None:
         key = self[thread]
-        super().__delitem__(thread)
+        dict.__delitem__(self, thread)
         self._after_release[thread] = (self._on_stop, key)
 
     def __missing__(self, thread: int) -> Key:
@@ -66,7 +73,7 @@ class ReleasingLock:
     """A lock that does its holder's work right after it is released, on the same thread."""
 
     def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
+        self._lock, self._acquire, self._release = lock, lock.acquire, lock.release
         #: By thread, what to call once it lets the lock go, with ``(thread, key)``; never raises.
         self.after_release: dict[int, tuple[Callable[[int, Key], None], Key]] = {}
 
@@ -76,24 +83,24 @@ class ReleasingLock:
 
     def release(self) -> None:
         """Let the lock go and do the work."""
-        self._lock.release()
-        if self.after_release:
-            thread = threading.get_ident()
-            work = self.after_release.pop(thread, None)
-            if work is not None:
-                work[0](thread, work[1])
+        self.__exit__(None, None, None)
 
     def locked(self) -> bool:
         """Return whether somebody holds the lock."""
         return self._lock.locked()
 
     def __enter__(self) -> bool:
-        return self._lock.acquire()
+        return self._acquire()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self.release()
+        self._release()
+        if self.after_release:
+            thread = get_ident()
+            work = self.after_release.pop(thread, None)
+            if work is not None:
+                work[0](thread, work[1])
 
 
 def install(worker: Any, listener: Listener) -> str | None:
@@ -113,6 +120,42 @@ def install(worker: Any, listener: Listener) -> str | None:
         worker.active_threads = ActiveThreads(before, releasing, listener)
         worker.active_threads_lock = releasing
     return None
+
+
+def listen_on_loop(worker: Any, running: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter the context ``running`` while a handler runs code of a user's on the event loop."""
+
+    def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(handler)  # distributed looks at the signature
+        async def tell(*args: Any, **kwargs: Any) -> Any:
+            with running():
+                result = handler(*args, **kwargs)
+                return await result if inspect.isawaitable(result) else result
+
+        return tell
+
+    for name in ("run", "run_coroutine"):
+        if name in worker.handlers:
+            worker.handlers[name] = told(worker.handlers[name])
+    execute = worker.handlers.get("actor_execute")
+    if execute is not None:
+        on_loop = told(execute)
+
+        @functools.wraps(execute)
+        async def actor_execute(*args: Any, **kwargs: Any) -> Any:
+            has_thread = _actor_has_thread(worker, kwargs)
+            return await (execute if has_thread else on_loop)(*args, **kwargs)
+
+        worker.handlers["actor_execute"] = actor_execute
+
+
+def _actor_has_thread(worker: Any, call: dict[str, Any]) -> bool:
+    """Return whether a call of an actor's method will be in ``active_threads``."""
+    # distributed's own rule, Worker.actor_execute.
+    actor = worker.state.actors.get(call.get("actor"))
+    method = getattr(actor, call.get("function", ""), None)
+    separate = (call.get("kwargs") or {}).get("separate_thread", True)
+    return bool(separate) and not inspect.iscoroutinefunction(method)
 
 
 def caller(outside: str) -> CodeType:

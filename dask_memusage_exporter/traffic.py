@@ -2,8 +2,9 @@
 
 Covers: transfers in and out, results that arrive by scatter, spilling and unspilling, results that
 are released, the buffers of P2P shuffles.
-Does not cover: large arguments inside a graph, as they are deserialised; above 10 MB that happens
-on the offload thread, whose processor time is a witness for the tracker.
+Does not cover: messages before they are read to their end, arguments inside a graph. The tracker
+has other witnesses for them: the processor time of the offload thread, on which what is larger than
+10 MB is deserialised, and the event loop's page faults.
 
 Counters are plain attributes of the worker, read from the task's thread without a lock: a number
 that is one message old moves a bound by one message.
@@ -14,8 +15,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-#: Keys of ``SpillBuffer.cumulative_metrics``.
-_WRITTEN, _READ = ("disk-write", "bytes"), ("disk-read", "bytes")
+from distributed.sizeof import safe_sizeof
 
 
 class Traffic:
@@ -29,11 +29,15 @@ class Traffic:
         # The objects behind these stay the same for the worker's life; this is the hot path.
         self._worker = worker
         self._state = worker.state
-        self._data = worker.data
-        self._spills = getattr(worker.data, "cumulative_metrics", {})
-        #: Arrived (transfers, scatter) and released, added up by the worker's transitions.
+        #: Brought in by transfers and scatter, and all results that were ever held, added up by
+        #: the worker's transitions.
         self.arrived = 0
-        self.released = 0
+        self.inserted = int(worker.state.nbytes)
+        #: Written to disk and read back: sizes in memory, for files may be compressed.
+        self.spilled = 0
+        for calls in ("fast_to_slow_callbacks", "slow_to_fast_callbacks"):
+            # zict.Buffer, which distributed's SpillBuffer is; other stores do not tell.
+            getattr(worker.data, calls, []).append(self._on_spill)
         self._lock = threading.Lock()
         self._shuffles: dict[Any, int] = {}
         self._ended_shuffles = 0
@@ -51,14 +55,17 @@ class Traffic:
         return moved
 
     def _moved(self, runs: dict[Any, Any]) -> int:
-        moved = self.arrived + self.released + int(self._worker.transfer_outgoing_bytes_total)
-        if _WRITTEN in self._spills:
-            # Files may be compressed; the size in memory of what is on disk is not.
-            moved += int(self._spills[_WRITTEN] + self._spills.get(_READ, 0))
-            moved += self._data.spilled_total.memory
+        # What was held once and is no longer has been released. (The size of a single one is gone
+        # by the time at which a plugin hears of it.)
+        released = self.inserted - int(self._state.nbytes)
+        moved = self.arrived + released + self.spilled + self._worker.transfer_outgoing_bytes_total
         if runs or self._shuffles:
             self._count_shuffles(runs)
-        return moved + self._ended_shuffles + sum(self._shuffles.values())
+            moved += sum(self._shuffles.values())
+        return int(moved) + self._ended_shuffles
+
+    def _on_spill(self, _: Any, value: Any) -> None:
+        self.spilled += safe_sizeof(value)
 
     def _count_shuffles(self, runs: dict[Any, Any]) -> None:
         now = {
@@ -72,4 +79,14 @@ class Traffic:
 
     def _runs(self) -> dict[Any, Any]:
         shuffle = self._worker.extensions.get("shuffle")
-        return {} if shuffle is None else shuffle.heartbeat()
+        if shuffle is None:
+            return {}
+        try:
+            # The private dict behind `heartbeat`, because mostly it is empty and this is asked
+            # twice a task; a version that has none is always asked.
+            if not shuffle.shuffle_runs._active_runs:
+                return {}
+        except AttributeError:
+            pass
+        runs: dict[Any, Any] = shuffle.heartbeat()
+        return runs

@@ -12,8 +12,9 @@ tears a plugin of the same name down and replaces it, and running tasks must kee
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from dask_memusage_exporter.traffic import Traffic
 if TYPE_CHECKING:
     from distributed import Worker
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("distributed.worker.memusage")
 
 EXTENSION = "memusage"
 
@@ -40,13 +41,9 @@ RECORDS_OP = "memusage-records"
 
 #: States in which a task runs, or ran until just now.
 _RUNNING = frozenset({"executing", "long-running", "cancelled", "resumed"})
-#: Transitions out of them that end an execution.
-_ENDS = {
-    "memory": "finished",
-    "error": "erred",
-    "rescheduled": "rescheduled",
-    "released": "cancelled",
-}
+#: Transitions out of them that end an execution. "released" is none: a task that is asked to be
+#: released while it runs goes on, as "cancelled".
+_ENDS = {"memory": "finished", "error": "erred", "rescheduled": "rescheduled"}
 
 #: Brackets whose transition never came; more than this is a defect of ours, and bounded.
 _MOST_CLOSED = 10_000
@@ -63,8 +60,10 @@ class WorkerAgent:
         #: Whether a plugin stands for us on the worker.
         self._owned = False
         self._process: process.Process | None = None
-        #: Open brackets by thread, and whether they are tasks' (else actors' methods').
-        self._by_thread: dict[int, tuple[Bracket | None, bool]] = {}
+        #: Open brackets by thread, who measures, and whether they are tasks' (or actor calls').
+        self._by_thread: dict[int, tuple[Bracket, process.Process, bool]] = {}
+        #: Whether the seam has ever told of a start.
+        self._told = False
         #: Closed brackets whose transition is on its way.
         self._closed: dict[Key, Bracket] = {}
         self._without_thread: dict[Key, Bracket | None] = {}
@@ -73,6 +72,7 @@ class WorkerAgent:
         self._seam_fault: str | None = seam.install(worker, self)
         if self._seam_fault is not None:
             self._say_fault()
+        seam.listen_on_loop(worker, self.on_loop)
 
     # -- coming and going ----------------------------------------------------------------
 
@@ -91,22 +91,28 @@ class WorkerAgent:
         ConfigError
             A setting is wrong.
         """
+        first = self._process is None
+        settings = (
+            Settings.load(options.get("settings")) if first or "settings" in options else None
+        )
         self._owned = True
         if "rows" in options:
             self.rows = bool(options["rows"])
-        if self._process is None:
-            self._process = process.join(self, Settings.load(options.get("settings")))
-            self.worker.metrics[EXTENSION] = self._heartbeat
-            self._watch_offload()
+        if settings is not None:
+            process.join(self, settings)
+        self.worker.metrics[EXTENSION] = self._heartbeat
 
     def deactivate(self) -> None:
-        """Stop measuring. What runs goes on unmeasured; our series go with the last worker."""
-        if self._process is not None:
-            self._process = None
+        """Stop measuring until activated again. What runs goes on unmeasured; counters stand."""
+        measuring, self._process = self._process, None
+        if measuring is not None:
             self.worker.metrics.pop(EXTENSION, None)
-            self._without_thread.clear()
-            self._before.clear()
-            process.leave(self)
+            # Those on threads of their own are closed there: until then they do overlap others.
+            for bracket in self._without_thread.values():
+                if bracket is not None:
+                    measuring.tracker.abandon(bracket)
+            for open_or_closed in (self._without_thread, self._before, self._closed):
+                open_or_closed.clear()
 
     def release(self) -> None:
         """Stop measuring unless somebody activates again before the event loop's next round.
@@ -119,6 +125,7 @@ class WorkerAgent:
     def close(self) -> None:
         """Let everything go; ``Worker.close`` calls this on all extensions."""
         self.deactivate()
+        process.leave(self)
 
     def _heartbeat(self, _: Worker) -> dict[str, str]:
         from dask_memusage_exporter import __version__
@@ -142,6 +149,12 @@ class WorkerAgent:
 
     # -- process.Member ------------------------------------------------------------------
 
+    def measured_by(self, measuring: process.Process) -> None:
+        """Hear whose part this worker is from now on."""
+        if self._owned:
+            self._process = measuring
+            self._watch_offload()
+
     def memory_limit(self) -> int | None:
         """Return the worker's memory limit in bytes, or None."""
         return self.worker.memory_manager.memory_limit
@@ -154,33 +167,55 @@ class WorkerAgent:
         if measuring is None:
             return
         began = perf_counter()
+        self._told = True
         try:
             left = self._by_thread.pop(thread, None)
-            if left is not None and left[0] is not None:
-                measuring.tracker.abandon(left[0])
+            if left is not None:
+                left[1].tracker.abandon(left[0])
             active = self.worker.active_keys
             # Actors' methods are no tasks: their entry is a name, and it may outlive the call.
             is_task = key in active
-            alive = (lambda: key in active) if is_task else _actor_call(thread)
-            bracket = measuring.tracker.start(thread, alive)
-            self._by_thread[thread] = (bracket, is_task)
+            bracket = measuring.open(
+                thread,
+                (lambda: key in active or self._process is not measuring)
+                if is_task
+                else _actor_call(thread),
+            )
+            if bracket is not None:
+                self._by_thread[thread] = (bracket, measuring, is_task)
         except Exception as error:
             measuring.health.error("start", error)
         measuring.health.spent("start", perf_counter() - began)
 
     def on_stop(self, thread: int, key: Key) -> None:
         """Close the bracket; the event loop makes the record of it."""
-        bracket, is_task = self._by_thread.pop(thread, (None, False))
-        measuring = self._process
-        if measuring is None or bracket is None:
+        opened = self._by_thread.pop(thread, None)
+        if opened is None:
             return
         began = perf_counter()
+        bracket, measuring, is_task = opened
         try:
-            if measuring.tracker.stop(bracket) and is_task:
+            if measuring.shut(bracket) and is_task and self._process is measuring:
                 self._closed[key] = bracket
         except Exception as error:
             measuring.health.error("stop", error)
         measuring.health.spent("stop", perf_counter() - began)
+
+    # -- code of a user's on the event loop ----------------------------------------------
+
+    @contextmanager
+    def on_loop(self) -> Iterator[None]:
+        """Hold a bracket open while something runs that is no task: it overlaps, and no more."""
+        measuring, bracket = self._process, None
+        if measuring is not None:
+            with measuring.health.guard("start"):
+                bracket = measuring.open(None, lambda: True)
+        try:
+            yield
+        finally:
+            if measuring is not None and bracket is not None:
+                with measuring.health.guard("stop"):
+                    measuring.shut(bracket)
 
     # -- WorkerPlugin.transition: on the event loop --------------------------------------
 
@@ -189,50 +224,51 @@ class WorkerAgent:
         measuring = self._process
         if measuring is None:
             return
+        if finish == "memory" and start != "cancelled":
+            self.traffic.inserted += self._nbytes(key)
         if finish == "executing":
             with measuring.health.guard("start"):
                 self._begins(measuring, key)
         elif start in _RUNNING and finish in _ENDS:
-            # Asked to be released while it runs: it goes on, as "cancelled".
-            if finish != "released" or start not in ("executing", "long-running"):
-                with measuring.health.guard("record"):
-                    self._ends(measuring, key, start, finish)
+            with measuring.health.guard("record"):
+                self._ends(measuring, key, start, finish)
         elif finish == "memory":
             self.traffic.arrived += self._nbytes(key)
-        elif start == "memory":
-            self.traffic.released += self._nbytes(key)
 
     def _begins(self, measuring: process.Process, key: Key) -> None:
         """Look before a task; open a bracket here for what has no thread of its own."""
-        self._before[key] = measuring.look_before()
+        self._before[key] = measuring.tracker.look()
         if self._seam_fault is not None or not self._has_thread(key):
-            self._without_thread[key] = measuring.tracker.start(None, lambda: True)
+            brackets = self._without_thread
+            brackets[key] = None  # it is asked from now on whether this one runs
+            brackets[key] = measuring.open(None, lambda: key in brackets)
 
     def _has_thread(self, key: Key) -> bool:
         task = self.worker.state.tasks[key]
         if getattr(task.run_spec, "is_coro", False):
             return False
         name = (task.annotations or {}).get("executor", "default")
-        # distributed's own rule (Worker.execute): only these get active_threads.
-        return "ThreadPoolExecutor" in str(type(self.worker.executors.get(name)))
+        executor = self.worker.executors.get(name)
+        # distributed's own rule (Worker.execute): only these get active_threads. One that is not
+        # there fails the task before it starts.
+        return executor is None or "ThreadPoolExecutor" in str(type(executor))
 
     def _ends(self, measuring: process.Process, key: Key, start: str, finish: str) -> None:
         before = self._before.pop(key, None)
         bracket = self._closed.pop(key, None)
-        if bracket is None:
-            bracket = self._without_thread.pop(key, None)
-            if bracket is not None and not measuring.tracker.stop(bracket):
-                bracket = None
+        bare = self._without_thread.pop(key, None)
+        if bare is not None and measuring.shut(bare) and self._has_run(key, bare):
+            bracket = bracket or bare
         if bracket is None or before is None:
             if finish == "memory" and before is None:
                 self.traffic.arrived += self._nbytes(key)  # came over while it was wanted here
             elif finish == "memory":
                 measuring.health.drop("invalid")
-                if self._seam_fault is None:
-                    self._seam_fault = "a task ended that it had not told of"
+                if not self._told and self._seam_fault is None:
+                    self._seam_fault = "a task ended and none has ever been told of"
                     self._say_fault()
             return
-        window = measuring.tracker.settle(bracket, before, measuring.look_after())
+        window = measuring.tracker.settle(bracket, before, measuring.tracker.look())
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
         record = self._record(key, window, status)
         with measuring.health.guard("aggregate"):
@@ -241,8 +277,15 @@ class WorkerAgent:
             with measuring.health.guard("send"):
                 self._send(measuring, record)
         while len(self._closed) > _MOST_CLOSED:
-            self._closed.pop(next(iter(self._closed)))
+            lost = next(iter(self._closed))
+            del self._closed[lost]
+            self._before.pop(lost, None)
             measuring.health.drop("invalid")
+
+    def _has_run(self, key: Key, bracket: Bracket) -> bool:
+        """Return whether a task got beyond reading its inputs, which may fail."""
+        task = self.worker.state.tasks.get(key)
+        return task is None or (task.start_time or 0.0) >= bracket.start
 
     def _record(self, key: Key, window: Window, status: str) -> TaskMemory:
         task = self.worker.state.tasks.get(key)

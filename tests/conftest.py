@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import dask_memusage_exporter
 from dask_memusage_exporter.records import TaskMemory
+from tests.tasks import Gate
 
 #: What records look like where a test asks for all of them.
 FULL = {"memusage.csv.columns": "full"}
@@ -91,6 +92,20 @@ def cluster_total(cluster: LocalCluster, name: str, **labels: str) -> float:
     return sum(Metrics.read(port).total(name, **labels) for port in worker_ports(cluster))
 
 
+def counted(ports: Iterable[int], prefix: str) -> float:
+    """Return how many executions of a prefix worker pages show; counter and histograms agree."""
+    pages = [Metrics.read(port) for port in ports]
+
+    def total(name: str, **labels: str) -> float:
+        name = f"dask_worker_task_memory_{name}"
+        return sum(one.total(name, task_prefix_name=prefix, **labels) for one in pages)
+
+    tasks = total("tasks_total")
+    assert total("peak_bytes_count") == total("peak_bytes_bucket", le="+Inf") == tasks
+    assert total("growth_bytes_count") == tasks - total("tasks_total", scope="shared")
+    return tasks
+
+
 def rows(path: Path | str) -> list[dict[str, str]]:
     """Return the rows of a CSV."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -123,25 +138,26 @@ class Measured:
         self.records = records
 
 
+def local_cluster(**options: Any) -> LocalCluster:
+    """Return a LocalCluster of one worker process with one thread; ``options`` change that."""
+    options = {
+        "n_workers": 1,
+        "threads_per_worker": 1,
+        "processes": True,
+        "dashboard_address": "127.0.0.1:0",
+        "memory_limit": "4GiB",
+        **options,
+    }
+    if options["processes"]:
+        options.setdefault("worker_dashboard_address", "127.0.0.1:0")
+    return LocalCluster(**options)
+
+
 @pytest.fixture
 def make_cluster() -> Iterator[Callable[..., LocalCluster]]:
     """Return what makes LocalClusters that are closed at the end of the test."""
     with ExitStack() as stack:
-
-        def make(**options: Any) -> LocalCluster:
-            options = {
-                "n_workers": 1,
-                "threads_per_worker": 1,
-                "processes": True,
-                "dashboard_address": "127.0.0.1:0",
-                "memory_limit": "4GiB",
-                **options,
-            }
-            if options["processes"]:
-                options.setdefault("worker_dashboard_address", "127.0.0.1:0")
-            return stack.enter_context(LocalCluster(**options))
-
-        yield make
+        yield lambda **options: stack.enter_context(local_cluster(**options))
     gc.collect()
 
 
@@ -152,25 +168,43 @@ def make_client() -> Iterator[Callable[..., Client]]:
         yield lambda cluster, **options: stack.enter_context(Client(cluster, **options))
 
 
-@pytest.fixture
-def measure(
-    make_cluster: Callable[..., LocalCluster], make_client: Callable[..., Client]
-) -> Callable[..., Measured]:
-    """Return what makes a measured cluster; ``config`` is dask configuration for it."""
-
-    def make(config: dict[str, Any] | None = None, **options: Any) -> Measured:
+@contextmanager
+def measured(config: dict[str, Any] | None = None, **options: Any) -> Iterator[Measured]:
+    """Hold a measured LocalCluster; ``config`` is dask configuration for it."""
+    with ExitStack() as stack:
         with dask.config.set(config or {}):
-            cluster = make_cluster(**options)
-            client = make_client(cluster)
+            cluster = stack.enter_context(local_cluster(**options))
+            client = stack.enter_context(Client(cluster))
             records = Records()
             dask_memusage_exporter.install(cluster.scheduler)
-            agent = cluster.scheduler.extensions["memusage"]
-            agent.add_sink(records)
+            cluster.scheduler.extensions["memusage"].add_sink(records)
             # Again: the workers hear that somebody listens now.
             dask_memusage_exporter.install(cluster.scheduler)
-        return Measured(cluster, client, records)
+        yield Measured(cluster, client, records)
+    gc.collect()
 
-    return make
+
+@pytest.fixture
+def measure() -> Iterator[Callable[..., Measured]]:
+    """Return what makes measured clusters, see :func:`measured`, closed at the end of the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(measured(*args, **options))
+
+
+@pytest.fixture
+def go(tmp_path: Path) -> Iterator[Gate]:
+    """Return a gate for tasks to wait at; it opens at the end of the test at the latest."""
+    gate = Gate(tmp_path / "go")
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def stop(tmp_path: Path) -> Iterator[Gate]:
+    """Return another gate."""
+    gate = Gate(tmp_path / "stop")
+    yield gate
+    gate.open()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from contextlib import suppress
 from typing import Any
 
 from dask_memusage_exporter.config import MIB
@@ -22,6 +23,9 @@ TASK_COLUMNS = ("task_key", "min_memory_mb", "max_memory_mb")
 #: What ``memusage.csv.columns: full`` appends, in this order.
 FULL_COLUMNS = (*TASK_COLUMNS, *TaskMemory._fields[1:])
 
+#: Opening a pipe that nobody reads, or writing to a full one, must not hold the scheduler up.
+WRITING = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+
 #: The old file has a row for these only.
 _OLD_STATUSES = frozenset({"finished", "erred"})
 
@@ -32,7 +36,8 @@ class CsvFile:
     Parameters
     ----------
     path
-        Overwritten if it is there. Relative to the scheduler's working directory.
+        Overwritten if it is there. Relative to the scheduler's working directory. A pipe is never
+        waited for.
     columns
         ``task`` or ``full``.
     health
@@ -44,7 +49,7 @@ class CsvFile:
         The file cannot be written; the message says how to mend it.
     """
 
-    def __init__(self, path: str, *, columns: str, health: Health) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, columns: str, health: Health) -> None:
         self.path = os.path.abspath(path)
         self.columns = columns
         self._health = health
@@ -53,9 +58,7 @@ class CsvFile:
         self._writer = csv.writer(self._lines)
         self._waiting = self._size = 0
         try:
-            self._fd = os.open(
-                self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
-            )
+            self._fd = os.open(self.path, WRITING | os.O_TRUNC, 0o666)
             try:
                 self._writer.writerow(FULL_COLUMNS if self._full else TASK_COLUMNS)
                 self._append()
@@ -69,6 +72,12 @@ class CsvFile:
                 "that exists and that the scheduler's process may write to",
                 self.path,
             ) from None
+
+    def is_at(self, path: str | os.PathLike[str]) -> bool:
+        """Return whether a path leads to this very file, by whatever name."""
+        with suppress(OSError):
+            return self._fd >= 0 and os.path.samestat(os.stat(path), os.fstat(self._fd))
+        return False
 
     def write(self, record: TaskMemory) -> None:
         """Take one row, if the format has one for such a record; :meth:`flush` writes it."""
@@ -97,11 +106,15 @@ class CsvFile:
         """Write what waits and close the file."""
         if self._fd >= 0:
             self.flush()
-            os.close(self._fd)
+            try:
+                os.close(self._fd)
+            except OSError as error:  # a network file system may tell only now
+                self._health.error("csv", error)
             self._fd = -1
 
     def _append(self) -> None:
-        text = self._lines.getvalue().encode("utf-8", "surrogateescape")
+        # A key that is no valid text must not make the file unreadable for all others.
+        text = self._lines.getvalue().encode("utf-8", "backslashreplace")
         self._lines.seek(0)
         self._lines.truncate()
         try:
@@ -110,7 +123,8 @@ class CsvFile:
                 written += os.write(self._fd, text[written:])
         except OSError:
             # Part of a row may be there: take it off, so that the next one starts a line.
-            os.ftruncate(self._fd, self._size)
-            os.lseek(self._fd, self._size, os.SEEK_SET)
+            with suppress(OSError):  # not a regular file
+                os.ftruncate(self._fd, self._size)
+                os.lseek(self._fd, self._size, os.SEEK_SET)
             raise
         self._size += len(text)

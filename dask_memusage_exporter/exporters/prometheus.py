@@ -8,8 +8,10 @@ Covers: the worker's and the scheduler's families in the text format 0.0.4 that 
 
 from __future__ import annotations
 
-import time
+import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import prometheus_client
@@ -42,6 +44,9 @@ class Renderer(Protocol):
     def collect(self) -> Iterable[Metric]:
         """Return the families as they stand now."""
 
+    def collect_health(self) -> Iterable[Metric]:
+        """Return those that tell of itself: they are shown where the others fail."""
+
 
 class ProcessCollector(Collector):
     """The one collector of a process; shows what its renderers have."""
@@ -54,21 +59,16 @@ class ProcessCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """Return the families of all renderers; one that fails is left out and counted."""
+        """Return the families of all renderers; what fails is left out and counted."""
         families: dict[str, Metric] = {}
         for renderer in list(self.renderers):
-            began = time.perf_counter()
-            try:
-                found = [one for one in renderer.collect() if not self._taken(one)]
-            except Exception as error:
-                renderer.health.error("render", error)
-                continue
-            for family in found:
-                if family.name in families:
-                    _merge(families[family.name], family)
-                else:
-                    families[family.name] = family
-            renderer.health.spent("render", time.perf_counter() - began)
+            for part in (renderer.collect, renderer.collect_health):
+                with renderer.health.guard("render"):
+                    for family in [one for one in part() if not self._taken(one)]:
+                        if family.name in families:
+                            _merge(families[family.name], family)
+                        else:
+                            families[family.name] = family
         return list(families.values())
 
     def _taken(self, family: Metric) -> bool:
@@ -84,21 +84,28 @@ class ProcessCollector(Collector):
 
 
 _collector = ProcessCollector()
+# A forked child would show a frozen copy of its parent's series.
+os.register_at_fork(after_in_child=_collector.renderers.clear)
+#: Two clusters in one process have an event loop each.
+_lock = threading.Lock()
 
 
 def add(renderer: Renderer) -> None:
     """Show a renderer's families on this process's ``/metrics`` from now on."""
-    if not _collector.renderers:
-        prometheus_client.REGISTRY.register(_collector)
-    _collector.renderers.append(renderer)
+    with _lock:
+        if not _collector.renderers:
+            prometheus_client.REGISTRY.register(_collector)
+        _collector.renderers.append(renderer)
 
 
 def remove(renderer: Renderer) -> None:
     """Show them no longer; with the last one the collector goes."""
-    if renderer in _collector.renderers:
-        _collector.renderers.remove(renderer)
-        if not _collector.renderers:
-            prometheus_client.REGISTRY.unregister(_collector)
+    with _lock:
+        if renderer in _collector.renderers:
+            _collector.renderers.remove(renderer)
+            if not _collector.renderers:
+                with suppress(KeyError):  # somebody has emptied the registry
+                    prometheus_client.REGISTRY.unregister(_collector)
 
 
 class _Page:
@@ -129,24 +136,12 @@ class _Page:
         for label, count in counts.items():
             family.add_metric((label,), count)
 
-    def health(self, health: Health, source: str | None) -> None:
-        """Add what both servers say of themselves."""
-        self.counts("task_memory_dropped_records", health.dropped)
-        self.counts("task_memory_errors", health.errors)
-        self.counts("task_memory_overhead_seconds", health.seconds)
-        info = {"exporter_version": __version__}
-        if source is not None:
-            info["source"] = source
-        self.family("task_memory_exporter").add_metric((), info)
-
 
 def worker_families(
     *,
     namespace: str,
     mode: str,
     aggregate: Aggregate,
-    health: Health,
-    source: str,
     memory_limit: int | None,
 ) -> list[Metric]:
     """Return the families of a worker's process.
@@ -163,7 +158,7 @@ def worker_families(
         return []
     page = _Page(namespace, "worker")
     snapshots = aggregate.snapshot()
-    bounds = [repr(float(bound)) for bound in aggregate.bounds] + ["+Inf"]
+    bounds = [_le(bound) for bound in aggregate.bounds] + ["+Inf"]
     without = "task_prefix_name" if mode == "totals" else ""
     peak, growth, tasks = (
         page.family(name, without=without)
@@ -191,18 +186,40 @@ def worker_families(
     page.value("task_memory_overflow_tasks", aggregate.overflow_tasks)
     if memory_limit is not None:
         page.value("memory_limit_bytes", memory_limit)
-    page.health(health, source)
     return page.families
 
 
-def scheduler_families(
-    *, namespace: str, health: Health, workers_by_source: Mapping[str, int]
-) -> list[Metric]:
+def scheduler_families(*, namespace: str, workers_by_source: Mapping[str, int]) -> list[Metric]:
     """Return the families of a scheduler."""
     page = _Page(namespace, "scheduler")
     page.counts("task_memory_workers", workers_by_source)
-    page.health(health, None)
     return page.families
+
+
+def health_families(
+    *, namespace: str, server: str, health: Health, info: Mapping[str, str]
+) -> list[Metric]:
+    """Return what both servers say of themselves; ``info`` besides the version."""
+    page = _Page(namespace, server)
+    page.counts("task_memory_dropped_records", health.dropped)
+    page.counts("task_memory_errors", health.errors)
+    page.counts("task_memory_overhead_seconds", health.seconds)
+    about = {"exporter_version": __version__, **info}
+    page.family("task_memory_exporter").add_metric((), about)
+    return page.families
+
+
+def _le(bound: int) -> str:
+    """Return a bound as Prometheus itself writes it, so that all versions agree on the label.
+
+    (As Go's ``FormatFloat(bound, 'g', -1, 64)``; ``prometheus_client.utils.floatToGoString`` has
+    changed between releases.)
+    """
+    digits, exponent = str(bound).rstrip("0"), len(str(bound)) - 1
+    if exponent < 6:
+        return f"{bound}.0"
+    fraction = f".{digits[1:]}" if len(digits) > 1 else ""
+    return f"{digits[0]}{fraction}e+{exponent:02d}"
 
 
 def _histogram(

@@ -5,9 +5,11 @@ own peak counts where its high-water mark rose since the last look, so that a sp
 looks is seen as long as the child lives to the next one. Pages that a forked child still shares
 with its parent count once.
 Does not cover: a child that is born and gone within 20 ms or so. That one was there is known all
-the same, from the page faults of children that were waited for.
+the same: from the page faults of children that were waited for, or because it was not waited for.
+Nor pages that a forked child and its parent share at first and one of them writes to later.
 
-Sources: waitid(2) with WNOWAIT, getrusage(2) with RUSAGE_CHILDREN, proc_pid_status(5), psutil.
+Sources: waitid(2) with WNOWAIT, getrusage(2) with RUSAGE_CHILDREN, proc_tid_children(5),
+proc_pid_statm(5), proc_pid_status(5); psutil where these are missing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from resource import RUSAGE_CHILDREN, getrusage
 
 import psutil
 
-#: Listing processes may cost this share of the time, so hosts with many are listed more rarely.
+from dask_memusage_exporter.measure.highwater import KIB, PAGE
+
+#: Listing descendants may cost this share of the time; with many it happens more rarely.
 LIST_SHARE = 0.02
 
 #: A child first seen this many seconds after the look before it may be an old one.
@@ -28,22 +32,34 @@ GAP = 1.0
 class _Child:
     """One child at its first look: it may be between fork and exec, so nothing of it counts yet."""
 
-    __slots__ = ("mark", "process", "seen", "shared")
+    __slots__ = ("counted", "mark", "seen", "shared")
 
-    def __init__(self, process: psutil.Process, mark: int, shared: int) -> None:
-        self.process = process
+    def __init__(self, mark: int, shared: int) -> None:
         self.mark = mark
         self.shared = shared
         self.seen = False
+        #: What of it is in :attr:`Children.rss`.
+        self.counted = 0
+
+    def part(self, size: int, file: int) -> int:
+        """Return what of a size is not its parent's; ``file`` is what of it is mapped files.
+
+        A child that was only forked has its parent's libraries too.
+        """
+        return max(0, size - self.shared - file) if self.shared else size
 
 
 class Children:
-    """The children of this process, as of the last look. Called by the sampler's thread only."""
+    """The children of this process, as of the last look.
+
+    Called by the sampler's thread, except where it says otherwise.
+    """
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._command = self._process.cmdline()
+        self._own = os.getpid()
+        self._command = _command(self._own)
         self._known: dict[int, _Child] = {}
+        self._listed_pids: set[int] = set()
         self._listed = self._next_listing = 0.0
         #: RSS of all of them at the last look, in bytes.
         self.rss = 0
@@ -52,68 +68,84 @@ class Children:
 
     @staticmethod
     def reaped() -> int:
-        """Return a number that rises when a child has been waited for.
+        """Return a number that rises when a child has been waited for; from any thread.
 
         Faults and not the peak: ``ru_maxrss`` of a child begins at the peak of the process that
         forked it, so it says nothing of small children.
         """
         return getrusage(RUSAGE_CHILDREN)[6]  # ru_minflt
 
-    def forget_the_dead(self) -> None:
-        """Take children off that have gone since the last look, if all have."""
-        if self.rss and not _any_child():
-            self.rss = 0
+    def unseen(self) -> bool:
+        """Return whether there is a child that no look has seen yet; from any thread."""
+        return _any_child() and not self._listed_pids.issuperset(_children(self._own))
 
-    def look(self, own_rss: int) -> int:
+    def refresh(self) -> None:
+        """Take what the children hold now into :attr:`rss`; from any thread.
+
+        Neither what they have let go nor that they have ended is to be in the next task's figures.
+        """
+        if not self._listed_pids:
+            return
+        for pid, child in list(self._known.items()):
+            rss, file = _now(pid)
+            if not rss:
+                self._drop(pid)
+            elif child.seen:
+                child.counted = child.part(rss, file)
+        self.rss = sum(child.counted for child in list(self._known.values()))
+
+    def look(self, own_anonymous: int) -> int:
         """Look at all children; return their peak together since the last look, in bytes.
 
-        ``own_rss`` is this process's RSS now: what a child that was only forked shares with it.
+        ``own_anonymous`` is this process's RSS now without mapped files: what a child that was
+        only forked shares with it.
         """
         if not _any_child():
-            if self._known:
+            if self._listed_pids:
                 self.changes += 1
-                self._known, self.rss = {}, 0
+                self._known, self._listed_pids, self.rss = {}, set(), 0
             return 0
         if time.monotonic() >= self._next_listing:
-            self._list(own_rss)
-        peak = self.rss = 0
+            self._list(own_anonymous)
+        peak = total = 0
         for pid, child in list(self._known.items()):
-            rss, mark = _memory(child.process)
-            if mark == 0:
-                del self._known[pid]
-                self.changes += 1
+            (rss, file), mark = _now(pid), _mark(pid)
+            if not rss or not mark:
+                self._drop(pid)
                 continue
             if not child.seen:
                 child.seen = True
                 continue
-            if child.shared and not self._only_forked(child):
+            if child.shared and _command(pid) != self._command:
                 child.shared = 0
-            self.rss += max(0, rss - child.shared)
+            child.counted = child.part(rss, file)
+            total += child.counted
             rose = mark > child.mark
             child.mark = max(mark, child.mark)
             self.changes += rose
-            peak += max(0, (mark if rose else rss) - child.shared)
+            peak += child.part(mark, file) if rose else child.counted
+        self.rss = total
         return peak
 
-    def _list(self, own_rss: int) -> None:
+    def _list(self, own_anonymous: int) -> None:
         began = time.monotonic()
         old = began - self._listed > GAP
-        for process in self._process.children(recursive=True):
-            if process.pid not in self._known:
-                mark = _memory(process)[1]
-                if mark == 0:  # gone, or ended and not yet waited for
-                    continue
+        pids = _descendants(self._own)
+        # By their ids too: one that has ended and was not waited for shows nothing else.
+        self.changes += len(self._listed_pids ^ pids)
+        self._listed_pids = pids
+        for pid in pids - self._known.keys():
+            mark = _mark(pid)
+            if mark:  # else gone, or ended and not yet waited for
                 # The peak of an old child belongs to the past; of a new one all counts.
-                self._known[process.pid] = _Child(process, mark if old else 0, own_rss)
-                self.changes += 1
+                self._known[pid] = _Child(mark if old else 0, own_anonymous)
         self._listed = time.monotonic()
         self._next_listing = self._listed + (self._listed - began) / LIST_SHARE
 
-    def _only_forked(self, child: _Child) -> bool:
-        try:
-            return child.process.cmdline() == self._command
-        except psutil.Error:
-            return False
+    def _drop(self, pid: int) -> None:
+        if self._known.pop(pid, None) is not None:
+            self.changes += 1
+            self._listed_pids.discard(pid)
 
 
 def _any_child() -> bool:
@@ -127,16 +159,61 @@ def _any_child() -> bool:
     return True
 
 
-def _memory(process: psutil.Process) -> tuple[int, int]:
-    """Return RSS and the high-water mark of a child in bytes, (0, 0) once it is gone."""
+def _descendants(pid: int) -> set[int]:
+    found: set[int] = set()
+    unread = [pid]
+    while unread:
+        new = _children(unread.pop()) - found
+        found |= new
+        unread += new
+    return found
+
+
+def _children(pid: int) -> set[int]:
+    """Return the ids of a process's children, those included that have ended."""
     try:
-        with open(f"/proc/{process.pid}/status", "rb") as file:
-            fields = dict(line.split(b":", 1) for line in file if line.startswith(b"Vm"))
-        return int(fields[b"VmRSS"].split()[0]) * 1024, int(fields[b"VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
+        found: set[int] = set()
+        # Much cheaper than to ask every process of the machine for its parent.
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            found.update(map(int, _read(f"/proc/{pid}/task/{thread}/children").split()))
+    except OSError:  # gone, or the kernel does not have the file
+        pass
+    else:
+        return found
+    try:
+        return {child.pid for child in psutil.Process(pid).children()}
+    except psutil.Error:
+        return set()
+
+
+def _now(pid: int) -> tuple[int, int]:
+    """Return RSS of a process and its part in mapped files, in bytes; (0, 0) once it is gone."""
+    try:
+        fields = _read(f"/proc/{pid}/statm").split(None, 3)
+        return int(fields[1]) * PAGE, int(fields[2]) * PAGE
+    except (OSError, IndexError):
         pass
     try:
-        rss = process.memory_info().rss
+        return psutil.Process(pid).memory_info().rss, 0
     except psutil.Error:
         return 0, 0
-    return rss, rss
+
+
+def _mark(pid: int) -> int:
+    """Return the high-water mark of a process in bytes, or RSS where it has none; 0: gone."""
+    try:
+        return int(_read(f"/proc/{pid}/status").split(b"VmHWM:", 1)[1].split(None, 1)[0]) * KIB
+    except (OSError, IndexError):
+        return _now(pid)[0]
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return []
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()

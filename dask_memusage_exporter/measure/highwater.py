@@ -13,7 +13,7 @@ import ctypes
 import mmap
 import os
 from resource import RUSAGE_SELF, getrusage
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 KIB = 1024
 PAGE = mmap.PAGESIZE
@@ -25,6 +25,9 @@ _MAXRSS, _MINFLT, _MAJFLT = 2, 6, 7
 #: processor and sums them lazily.
 _TEST_BYTES = 16 * 2**20
 _TEST_SLACK = 4 * 2**20
+
+
+_Arguments = tuple[ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
 
 
 class Reading(NamedTuple):
@@ -50,15 +53,18 @@ class Source(Protocol):
     #: Whether a reading's ``peak`` holds all that happened in the window.
     exact: bool
 
-    def reset(self) -> tuple[int, int | None]:
+    def reset(self) -> tuple[int, int]:
         """Begin a new window; return RSS now and a count of page faults.
 
-        The count is the process's. While it stands still nothing new is resident. None where
-        it is not known.
+        The count is the process's. While it stands still nothing new is resident. 0 where it is
+        not known.
         """
 
-    def faults(self) -> int | None:
+    def faults(self) -> int:
         """Return the same count now."""
+
+    def mapped(self) -> int:
+        """Return the file-backed part of RSS now, in bytes."""
 
     def read(self) -> Reading:
         """Return what has been in the window so far. Changes nothing."""
@@ -91,16 +97,14 @@ class KernelSource:
         libc = ctypes.PyDLL(None)
         self._pread, self._pwrite = libc.pread, libc.pwrite
         for call in (self._pread, self._pwrite):
-            call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long)
             call.restype = ctypes.c_ssize_t
         self._buffer = ctypes.create_string_buffer(4096)
-        self._address = ctypes.addressof(self._buffer)
         self._five = ctypes.create_string_buffer(b"5")
         self._fds: list[int] = []
         try:
-            self._clear = self._open(f"{proc}/clear_refs", os.O_WRONLY)
-            self._statm = self._open(f"{proc}/statm", os.O_RDONLY)
-            self._status = self._open(f"{proc}/status", os.O_RDONLY)
+            self._clear = self._arguments(f"{proc}/clear_refs", os.O_WRONLY, self._five, 1)
+            self._statm = self._arguments(f"{proc}/statm", os.O_RDONLY, self._buffer, 128)
+            self._status = self._arguments(f"{proc}/status", os.O_RDONLY, self._buffer, 4095)
             self._floor = self._self_test()
         except OSError:
             self.close()
@@ -108,9 +112,11 @@ class KernelSource:
 
     def reset(self) -> tuple[int, int]:
         """Reset the mark; return RSS now and the process's page faults."""
-        self._pwrite(self._clear, self._five, 1, 0)
+        self._pwrite(*self._clear)
         usage = getrusage(RUSAGE_SELF)
-        # The mark has just been set to RSS, and ru_maxrss is the cheapest way to read it.
+        # The mark has just been set to RSS, and this is the cheapest way to read it. It is also
+        # from where `read` takes the peak: the kernel counts pages per processor, and what is not
+        # summed up yet is in statm (since Linux 6.17), but not in the mark.
         rss = int(usage[_MAXRSS]) * KIB
         if rss <= self._floor:
             rss = self._now()[0]
@@ -121,6 +127,10 @@ class KernelSource:
         usage = getrusage(RUSAGE_SELF)
         return int(usage[_MINFLT] + usage[_MAJFLT])
 
+    def mapped(self) -> int:
+        """Return RssFile and RssShmem now."""
+        return self._now()[1]
+
     def read(self) -> Reading:
         """Return the mark and what is resident now."""
         # ru_maxrss is ten times cheaper than VmHWM, but never falls below the peak of the
@@ -128,30 +138,34 @@ class KernelSource:
         peak = int(getrusage(RUSAGE_SELF)[_MAXRSS]) * KIB
         if peak <= self._floor:
             peak = self._mark()
-        rss, mapped = self._now()
-        return Reading(max(peak, rss), rss, mapped)
+        return Reading(peak, *self._now())
 
     def close(self) -> None:
         """Close the descriptors."""
         while self._fds:
             os.close(self._fds.pop())
 
-    def _open(self, path: str, flags: int) -> int:
+    def _arguments(self, path: str, flags: int, buffer: ctypes.Array[Any], size: int) -> _Arguments:
+        """Open a file; return the arguments of all reads or writes of it.
+
+        Made once: to convert them at every call costs as much as the call.
+        """
         fd = os.open(path, flags | os.O_CLOEXEC)
         self._fds.append(fd)
-        return fd
+        address = ctypes.c_void_p(ctypes.addressof(buffer))
+        return ctypes.c_int(fd), address, ctypes.c_size_t(size), ctypes.c_long(0)
 
     def _now(self) -> tuple[int, int]:
-        self._pread(self._statm, self._address, 128, 0)
+        self._pread(*self._statm)
         fields = self._buffer.value.split(b" ", 3)
         return int(fields[1]) * PAGE, int(fields[2]) * PAGE
 
     def _reset(self) -> None:
-        if self._pwrite(self._clear, self._five, 1, 0) != 1:
+        if self._pwrite(*self._clear) != 1:
             raise OSError("clear_refs: the kernel refuses the reset of the high-water mark")
 
     def _mark(self) -> int:
-        got = self._pread(self._status, self._address, len(self._buffer) - 1, 0)
+        got = self._pread(*self._status)
         text = self._buffer.raw[: max(got, 0)]
         at = text.find(b"VmHWM:")
         if at < 0:
@@ -159,7 +173,7 @@ class KernelSource:
         return int(text[at + 6 :].split(None, 1)[0]) * KIB
 
     def _self_test(self) -> int:
-        """Check that the mark rises and falls; return the floor of ``ru_maxrss`` (0: none)."""
+        """Check that the mark rises and falls; return the floor of ``ru_maxrss``."""
         self._reset()
         before = self._mark()
         with mmap.mmap(-1, _TEST_BYTES) as block:
@@ -173,5 +187,5 @@ class KernelSource:
                 "clear_refs: the kernel accepts the reset, but VmHWM does not follow it "
                 f"({before}, {high}, {after} bytes before, at and after {_TEST_BYTES} bytes)"
             )
-        lowest = int(getrusage(RUSAGE_SELF)[_MAXRSS]) * KIB
-        return lowest if lowest > after + _TEST_SLACK else 0
+        # Right after a reset: RSS, or the floor, however little it may be above that.
+        return int(getrusage(RUSAGE_SELF)[_MAXRSS]) * KIB

@@ -31,12 +31,17 @@ class PollingSource:
     def __init__(self, process: psutil.Process | None = None) -> None:
         self._process = process or psutil.Process()
 
-    def reset(self) -> tuple[int, None]:
+    def reset(self) -> tuple[int, int]:
         """Return RSS now; page faults are not counted."""
-        return self._process.memory_info().rss, None
+        return self.read().rss, 0
 
-    def faults(self) -> None:
-        """Say nothing: not known."""
+    def faults(self) -> int:
+        """Return 0: not known."""
+        return 0
+
+    def mapped(self) -> int:
+        """Return the shared part of RSS now."""
+        return self.read().mapped
 
     def read(self) -> Reading:
         """Return RSS now as the peak as well: nothing is known of the time between."""

@@ -1,13 +1,14 @@
-"""CPU clocks of threads: the witness of who can have touched memory.
+"""CPU clocks and page faults of threads: the witnesses of who can have touched memory.
 
 A thread that used no processor time in a window has allocated nothing in it. So a task that
 waits for its own inner tasks does not overlap them, and one that only sleeps does not either.
 
-Source: pthread_getcpuclockid(3), clock_gettime(2).
+Sources: pthread_getcpuclockid(3), clock_gettime(2), getrusage(2) with RUSAGE_THREAD.
 """
 
 from __future__ import annotations
 
+import resource
 import time
 
 #: Processor time, in ns, below which a thread counts as idle in a window: waking up to look at
@@ -19,16 +20,30 @@ IDLE_NS = 200_000
 UNEXPLAINED_NS = 1_000_000
 UNEXPLAINED_SHARE = 0.02
 
+#: Bytes that a processor makes resident in one ns at the very most; most reach a third of it.
+#: Growth beyond it is another thread's, or pages that were in memory before (mapped files).
+TOUCH_BYTES_PER_NS = 32
+
 #: Both are missing on some systems (macOS); then no thread is ever called idle.
 _CLOCK_OF = getattr(time, "pthread_getcpuclockid", None)
+_THIS_THREAD = getattr(resource, "RUSAGE_THREAD", None)
 
 
 def clock_of(thread: int | None) -> int | None:
     """Return the id of the CPU clock of a thread (its ``ident``); None where there is none.
 
-    The thread must be alive: the C library looks into its descriptor.
+    The thread must be alive, for the C library looks into its descriptor: ask on the thread
+    itself. The id may be kept for longer.
     """
     return None if _CLOCK_OF is None or thread is None else _CLOCK_OF(thread)
+
+
+def own_usage() -> tuple[int, int]:
+    """Return page faults and processor time in ns of the calling thread; 0 where not known."""
+    if _THIS_THREAD is None:
+        return 0, 0
+    usage = resource.getrusage(_THIS_THREAD)
+    return usage[6] + usage[7], int((usage[0] + usage[1]) * 1e9)  # minflt, majflt, utime, stime
 
 
 def cpu_ns(clock: int | None) -> int | None:

@@ -19,15 +19,22 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dask_memusage_exporter.measure import threads
 from dask_memusage_exporter.measure.children import Children
 from dask_memusage_exporter.measure.heap import Heap
-from dask_memusage_exporter.measure.highwater import Source
+from dask_memusage_exporter.measure.highwater import PAGE, Source
 from dask_memusage_exporter.measure.polling import Sampler
-from dask_memusage_exporter.measure.scopes import judge
+from dask_memusage_exporter.measure.scopes import FLOOR_BYTES, judge
+
+#: One page fault maps so much of a file at the most: a large folio of the page cache.
+FAULT_AROUND = 2**21
+
+
+#: So many page faults map less of files than what would be called much.
+FEW_FAULTS = 8
 
 
 class Window(NamedTuple):
@@ -50,10 +57,12 @@ class Look(NamedTuple):
 
     #: CPU times of the witnesses, in ns.
     witnesses: tuple[int | None, ...]
+    #: CPU time in ns of all threads but the witnesses, the event loop and the sampler.
+    others: int
+    #: Page faults of the event loop's thread.
+    faults: int
     #: See :meth:`Children.reaped`.
     reaped: int
-    #: The worker's number: what it has moved so far.
-    foreign: int
 
 
 class Bracket:
@@ -65,15 +74,16 @@ class Bracket:
     rss = peak = 0
     #: The file-backed part of RSS at the start, and the highest seen so far.
     start_mapped = mapped = 0
-    #: Page faults of the process at the start.
-    faults: int | None = None
+    #: Page faults of the process at the start and at the stop; always 0 where not known.
+    faults = faults_after = 0
     #: By how much RSS fell below its start: room that it does not show.
     gone = 0
     reusable: int | None = None
     concurrency = 1
     overlapped = False
-    #: The task's own thread; None: it has none.
-    thread: int | None = None
+    #: Whether the task has a thread of its own, and that thread's CPU clock where it is known.
+    own_thread = False
+    clock: int | None = None
     #: CPU times in ns, once there is a neighbour: of the own thread when it was first met, of the
     #: process and the house then, and of each neighbour when both were first open.
     cpu: int | None = None
@@ -83,6 +93,9 @@ class Bracket:
     neighbours = 0.0
     #: See :attr:`Children.changes`, at the start and at the stop.
     changes = changes_after = 0
+
+    #: The worker's number, set by whoever opens and closes: what it had moved at either end.
+    foreign = foreign_after = 0
 
     #: Returns False once what opened the bracket has ended without closing it.
     alive: Callable[[], bool]
@@ -113,13 +126,16 @@ class Tracker:
         self._lock = threading.Lock()
         self._disabled = False
         self._rss, self._mapped = source.read()[1:]
+        #: Page faults when ``_mapped`` was read: while there are few more it has hardly risen.
+        self._faults = 0
         #: CPU clocks of threads that are no task's, by what their activity means: "offload",
         #: data of unknown size was (de)serialised; "code", unknown code ran.
         self._witnesses: list[tuple[int, str]] = []
         #: CPU clocks of the event loop and our own thread: what they do is told by other means.
         self._house: list[int] = []
         self._sampler = Sampler(self._tick)
-        self.add_house(threads.clock_of(self._sampler.thread.ident))
+        self._sampler_clock = threads.clock_of(self._sampler.thread.ident)
+        self.add_house(self._sampler_clock)
         _trackers.add(self)
 
     def add_witness(self, clock: int | None, meaning: str) -> None:
@@ -132,10 +148,13 @@ class Tracker:
         if clock is not None and clock not in self._house:
             self._house.append(clock)
 
-    def look(self, foreign: int) -> Look:
-        """Read what surrounds a task, on the event loop; ``foreign`` is the worker's number."""
+    def look(self) -> Look:
+        """Read what surrounds a task, on the event loop."""
         witnesses = tuple(threads.cpu_ns(clock) for clock, _ in self._witnesses)
-        return Look(witnesses, Children.reaped(), foreign)
+        faults, loop_ns = threads.own_usage()
+        sampler_ns = threads.cpu_ns(self._sampler_clock) or 0
+        others = time.process_time_ns() - loop_ns - sampler_ns - _sum(witnesses)
+        return Look(witnesses, others, faults, Children.reaped())
 
     def start(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, on the task's own thread where it has one.
@@ -157,18 +176,26 @@ class Tracker:
         if self._disabled:
             return None
         bracket = Bracket()
-        bracket.thread = thread
         bracket.alive = alive
-        if thread is not None and self._heap is not None:
-            bracket.reusable = self._heap.ask()
+        if thread is not None:
+            bracket.own_thread = True
+            bracket.clock = threads.clock_of(thread)
+            if self._heap is not None:
+                bracket.reusable = self._heap.ask()
         children = self._children
         if self._sampler.asleep:
-            children.forget_the_dead()
             self._sampler.wake()
+        children.refresh()
         with self._lock:
+            if self._disabled:  # closed meanwhile: its descriptors may be somebody else's now
+                return None
             if self._open:
                 self._meet(bracket)
             rss, bracket.faults = self._source.reset()
+            if bracket.faults - self._faults >= FEW_FAULTS or not bracket.faults:
+                # The event loop may have imported what the task needs since the last look, and
+                # files mapped by that are not the task's.
+                self._mapped, self._faults = self._source.mapped(), bracket.faults
             bracket.rss = bracket.peak = rss + children.rss
             bracket.start_mapped = bracket.mapped = self._mapped
             bracket.changes = children.changes
@@ -185,17 +212,17 @@ class Tracker:
             Whether there is something to settle: False where the bracket was given up meanwhile,
             and in a forked child.
         """
+        self._children.refresh()
         with self._lock:
             bracket.stop = self._clock()
             if self._disabled or bracket not in self._open:
                 return False
-            faults = self._source.faults()
+            bracket.faults_after = faults = self._source.faults()
             # No page fault in the whole window: nothing new was resident, nothing more to read.
-            if faults is None or faults != bracket.faults:
+            if faults != bracket.faults or not faults:
+                self._faults = faults
                 bracket.gone = bracket.rss - self._fold(0) - self._children.rss
-            self._open.remove(bracket)
-            if self._open:
-                self._part(bracket)
+            self._leave(bracket)
             if bracket.others is not None:
                 self._close_account(bracket)
             bracket.changes_after = self._children.changes
@@ -203,7 +230,25 @@ class Tracker:
 
     def settle(self, bracket: Bracket, before: Look, after: Look) -> Window:
         """Return what a closed bracket has measured, by what surrounded it."""
-        foreign = max(0, after.foreign - before.foreign) + max(0, bracket.gone)
+        children_changed = (
+            bracket.changes != bracket.changes_after
+            or before.reaped != after.reaped
+            or (bracket.peak - bracket.rss > FLOOR_BYTES and self._children.unseen())
+        )
+        foreign = bracket.foreign_after - bracket.foreign
+        mapped = bracket.mapped - bracket.start_mapped
+        if bracket.own_thread and self._source.exact and not children_changed:
+            # The event loop's own page faults show what no counter of the worker's tells of:
+            # message buffers, arguments inside a graph. The same bytes may be in both numbers.
+            faults = bracket.faults_after - bracket.faults
+            loop_faults = min(after.faults - before.faults, faults)
+            foreign = max(foreign, loop_faults * PAGE)
+            unexplained = _unexplained(bracket, before, after)
+            if unexplained <= (faults - loop_faults) * FAULT_AROUND:
+                mapped = max(mapped, unexplained)
+            else:
+                foreign = max(foreign, unexplained)
+        foreign = max(0, foreign) + max(0, bracket.gone)
         offloaded = False
         for (_, meaning), *used in zip(
             self._witnesses, before.witnesses, after.witnesses, strict=False
@@ -211,6 +256,8 @@ class Tracker:
             if _between(*used) > threads.IDLE_NS:
                 offloaded |= meaning == "offload"
                 bracket.overlapped |= meaning == "code"
+        if self._heap is not None and bracket.peak - bracket.rss > FLOOR_BYTES:
+            self._heap.has_grown(bracket.stop - bracket.start)
         growth, scope, reason = judge(
             start_bytes=bracket.rss,
             peak_bytes=bracket.peak,
@@ -218,12 +265,10 @@ class Tracker:
             foreign_bytes=foreign,
             offloaded=offloaded,
             reusable_bytes=bracket.reusable,
-            mapped_bytes=bracket.mapped - bracket.start_mapped,
-            own_thread=bracket.thread is not None,
+            mapped_bytes=mapped,
+            own_thread=bracket.own_thread,
             exact=self._source.exact,
-            children_changed=(
-                bracket.changes != bracket.changes_after or before.reaped != after.reaped
-            ),
+            children_changed=children_changed,
         )
         return Window(
             bracket.start,
@@ -242,7 +287,7 @@ class Tracker:
         """Give up a bracket that nothing will close. It overlaps nothing from now on."""
         with self._lock:
             if bracket in self._open:
-                self._open.remove(bracket)
+                self._leave(bracket)
 
     def close(self) -> None:
         """End the sampler's thread and give back the source's descriptors."""
@@ -272,38 +317,42 @@ class Tracker:
         Must be called before the mark is reset: what was so far is the others'.
         """
         self._fold(0)
-        self._open = [bracket for bracket in self._open if bracket.alive()]
+        self._bury()
         self._open_account(new)
         new.others = {}
         for bracket in self._open:
-            # Its thread is alive, or it would not be: a dead one must not be asked.
-            cpu = threads.cpu_ns(threads.clock_of(bracket.thread))
-            new.others[bracket] = cpu
+            new.others[bracket] = threads.cpu_ns(bracket.clock)
             if bracket.others is None:  # its first neighbour
                 bracket.others = {}
                 self._open_account(bracket)
             bracket.concurrency = max(bracket.concurrency, len(self._open) + 1)
         new.concurrency = len(self._open) + 1
 
-    def _part(self, ending: Bracket) -> None:
-        """Settle what a bracket that closes and those that stay open have used. Locked."""
-        used = threads.cpu_ns(threads.clock_of(ending.thread))
+    def _bury(self) -> None:
+        """Take off the brackets of what has ended without closing them. Locked."""
+        for bracket in [bracket for bracket in self._open if not bracket.alive()]:
+            self._leave(bracket)
+
+    def _leave(self, ending: Bracket) -> None:
+        """Take a bracket off, and settle what it and those that stay open have used. Locked."""
+        self._open.remove(ending)
+        if not self._open:
+            return
+        used = threads.cpu_ns(ending.clock)
         for bracket in self._open:
-            if not bracket.alive():
-                continue
             # What each has used since both have been open: one without a thread of its own
             # (coroutines) "infinitely" much, for it can have done anything.
             before = (bracket.others or {}).get(ending, ending.cpu)
             bracket.neighbours += _between(before, used)
             before = (ending.others or {}).get(bracket, bracket.cpu)
-            cpu = threads.cpu_ns(threads.clock_of(bracket.thread))
+            cpu = threads.cpu_ns(bracket.clock)
             ending.neighbours += _between(before, cpu)
             if bracket.others is not None:
                 bracket.others.pop(ending, None)
 
     def _open_account(self, bracket: Bracket) -> None:
         """Note processor times from which a bracket is no longer alone. Locked."""
-        bracket.cpu = threads.cpu_ns(threads.clock_of(bracket.thread))
+        bracket.cpu = threads.cpu_ns(bracket.clock)
         bracket.process_cpu = time.process_time_ns()
         bracket.house_cpu = self._house_cpu()
 
@@ -311,7 +360,7 @@ class Tracker:
         """Say from processor times whether others can have touched memory meanwhile. Locked."""
         # A neighbour may be idle itself and have helper threads that are not.
         process = time.process_time_ns() - bracket.process_cpu
-        own = _between(bracket.cpu, threads.cpu_ns(threads.clock_of(bracket.thread)))
+        own = _between(bracket.cpu, threads.cpu_ns(bracket.clock))
         house = self._house_cpu() - bracket.house_cpu
         unexplained = process - own - house - bracket.neighbours
         bracket.overlapped |= bracket.neighbours > threads.IDLE_NS or unexplained > max(
@@ -320,7 +369,7 @@ class Tracker:
 
     def _house_cpu(self) -> int:
         clocks = (*self._house, *(clock for clock, _ in self._witnesses))
-        return sum(threads.cpu_ns(clock) or 0 for clock in clocks)
+        return _sum(map(threads.cpu_ns, clocks))
 
     # -- between boundaries --------------------------------------------------------------
 
@@ -329,7 +378,7 @@ class Tracker:
         if self._disabled or not self._open:
             return False
         try:
-            children = self._children.look(self._rss)
+            children = self._children.look(self._rss - self._mapped)
             with self._lock:
                 if self._disabled:
                     return False
@@ -337,7 +386,7 @@ class Tracker:
                 # A new window for the mark, so that what stood long ago is not added to what a
                 # child holds now.
                 self._source.reset()
-                self._open = [bracket for bracket in self._open if bracket.alive()]
+                self._bury()
         except Exception:  # the thread must live; a look that failed shows as a change
             self._children.changes += 1
         return bool(self._open)
@@ -348,6 +397,21 @@ class Tracker:
         self._lock = threading.Lock()
         self._open = []
         self._source.close()
+
+
+def _unexplained(bracket: Bracket, before: Look, after: Look) -> int:
+    """Return how much more came in than all threads that may be the task's had the time to touch.
+
+    Somebody else has touched it, or it was in memory before. None of it: 0 or less.
+    """
+    if len(before.witnesses) != len(after.witnesses):
+        return 0  # a clock that was only met in between tells of its whole life
+    time_ns = max(0, after.others - before.others)
+    return bracket.peak - bracket.rss - time_ns * threads.TOUCH_BYTES_PER_NS
+
+
+def _sum(times: Iterable[int | None]) -> int:
+    return sum(one or 0 for one in times)
 
 
 def _between(before: int | None, now: int | None) -> float:

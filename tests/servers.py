@@ -1,0 +1,125 @@
+"""Real ``dask scheduler`` and ``dask worker`` processes, as operators start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from distributed import Client
+
+from tests.conftest import wait_until
+
+
+class Server:
+    """One process with its log; ended by its own id."""
+
+    def __init__(
+        self, log: Path, arguments: list[str], cwd: Path, environment: Mapping[str, str]
+    ) -> None:
+        self._log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dask", *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                env={**os.environ, **environment},
+            )
+
+    @property
+    def log(self) -> str:
+        """What the process has said so far."""
+        return self._log.read_text()
+
+    def lines(self, containing: str) -> list[str]:
+        """Return the lines of the log that contain a text."""
+        return [line for line in self.log.splitlines() if containing in line]
+
+    def stop(self) -> int:
+        """End the process as an operator does, by SIGTERM; return its exit status."""
+        self.process.terminate()
+        return self.process.wait(30)
+
+
+class Servers:
+    """The servers of one test in one directory, and its client."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stack = ExitStack()
+        self._file = directory / "scheduler.json"
+        self._started = 0
+
+    def start(
+        self, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> Server:
+        """Start ``dask ARGUMENTS``."""
+        self._started += 1
+        log = self.directory / f"{arguments[0]}-{self._started}.log"
+        server = Server(log, list(arguments), cwd or self.directory, env or {})
+        self._stack.callback(self._end, server)
+        return server
+
+    def scheduler(self, *arguments: str, **options: Any) -> Server:
+        """Start a scheduler and wait until it runs, its preloads done."""
+        server = self.start(
+            "scheduler",
+            *("--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"),
+            *("--scheduler-file", str(self._file)),
+            *arguments,
+            **options,
+        )
+        wait_until(self._file.exists, what=f"the scheduler file; log: {server.log}")
+        # Servers answer nobody before their preloads are done.
+        self.client = self._stack.enter_context(Client(self.identity()["address"]))
+        return server
+
+    def worker(self, *arguments: str, scheduler: str = "", **options: Any) -> Server:
+        """Start a worker of one thread that joins the scheduler."""
+        where = [scheduler] if scheduler else ["--scheduler-file", str(self._file)]
+        return self.start(
+            "worker",
+            *where,
+            *("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--nthreads", "1"),
+            *arguments,
+            **options,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the scheduler has written of itself."""
+        return wait_until(self._read, what="a whole scheduler file")
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._file.read_text())
+        except ValueError:  # half written
+            return None
+
+    @property
+    def scheduler_port(self) -> int:
+        """The HTTP port of the scheduler."""
+        return self.identity()["services"]["dashboard"]
+
+    def worker_ports(self) -> list[int]:
+        """Return the HTTP ports of the workers that are connected now."""
+        workers = self.client.scheduler_info()["workers"]
+        return [worker["services"]["dashboard"] for worker in workers.values()]
+
+    def close(self) -> None:
+        """End everything, the latest first."""
+        self._stack.close()
+
+    @staticmethod
+    def _end(server: Server) -> None:
+        if server.process.poll() is None:
+            try:
+                server.stop()
+            except subprocess.TimeoutExpired:
+                server.process.kill()
+                server.process.wait()

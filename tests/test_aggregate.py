@@ -1,0 +1,211 @@
+"""Histograms, counters, the cap and the sliding maxima, with a clock of the test's own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from dask_memusage_exporter.aggregate import (
+    LABEL_LENGTH,
+    OVERFLOW,
+    Aggregate,
+    Histogram,
+    SlidingMaximum,
+    totals,
+)
+from dask_memusage_exporter.config import DEFAULT_BUCKETS, MIB
+from dask_memusage_exporter.records import TaskMemory
+
+WINDOW = 600.0
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def record(prefix: str, *, peak: int = 0, growth: int | None = None) -> TaskMemory:
+    """Return a record of scope process where it has a growth, else shared."""
+    return TaskMemory(
+        key=f"{prefix}-1",
+        task_prefix=prefix,
+        worker="",
+        start=0.0,
+        stop=0.0,
+        start_bytes=0,
+        peak_bytes=peak,
+        growth_bytes=growth,
+        scope="shared" if growth is None else "process",
+        reason="overlap" if growth is None else None,
+        reusable_bytes=None,
+        foreign_bytes=0,
+        concurrency=1,
+        input_bytes=None,
+        output_bytes=None,
+        status="finished",
+        span_id=None,
+    )
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that stands until it is moved."""
+    return Clock()
+
+
+def aggregate(clock: Clock, max_prefixes: int = 40) -> Aggregate:
+    """Return an aggregate with small bounds."""
+    return Aggregate(
+        bounds=(10, 20, 40),
+        max_prefixes=max_prefixes,
+        maximum_window=WINDOW,
+        clock=clock,
+    )
+
+
+def test_the_default_bounds_are_the_contracts() -> None:
+    """1 and 1.5 times 2^k MiB, from 1 MiB to 256 GiB: 37, and infinity makes 38."""
+    assert len(DEFAULT_BUCKETS) == 37
+    assert DEFAULT_BUCKETS[:5] == (MIB, 3 * MIB // 2, 2 * MIB, 3 * MIB, 4 * MIB)
+    assert DEFAULT_BUCKETS[-1] == 256 * 2**30
+    assert list(DEFAULT_BUCKETS) == sorted(set(DEFAULT_BUCKETS))
+
+
+def test_a_value_on_a_bound_is_in_its_bucket() -> None:
+    """``le`` is less or equal; what is beyond the last bound is in infinity's alone."""
+    histogram = Histogram((10, 20, 40))
+    for value in (0, 10, 11, 20, 21, 40, 41):
+        histogram.observe(value)
+    assert histogram.snapshot() == ([2, 4, 6, 7], 143)
+
+
+def test_growth_counts_only_where_it_is_the_tasks_own(clock: Clock) -> None:
+    """A shared record is in the peaks and in its scope's counter, and in no growth."""
+    tasks = aggregate(clock)
+    tasks.observe(record("x", peak=15, growth=5))
+    tasks.observe(record("x", peak=30))
+    (x,) = tasks.snapshot()
+    assert x.peak == ([0, 1, 2, 2], 45)
+    assert x.growth == ([1, 1, 1, 1], 5)
+    assert x.tasks["process"] == x.tasks["shared"] == 1
+    assert set(x.tasks.values()) <= {0, 1}
+
+
+def test_prefixes_beyond_the_cap_count_together(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are counted as overflow and said once in the log; those that were first stay."""
+    tasks = aggregate(clock, max_prefixes=2)
+    with caplog.at_level(logging.WARNING):
+        for prefix in ("a", "b", "c", "d", "a", "c"):
+            tasks.observe(record(prefix, peak=1))
+    assert {one.label: sum(one.tasks.values()) for one in tasks.snapshot()} == {
+        "a": 2,
+        "b": 1,
+        OVERFLOW: 3,
+    }
+    assert tasks.own_labels == 2
+    assert tasks.overflow_tasks == 3
+    (line,) = caplog.messages
+    assert "more than 2 task prefixes; 'c' and all others" in line
+    assert "Raise memusage.max-prefixes" in line
+
+
+def test_a_prefix_named_like_the_overflow_is_part_of_it(clock: Clock) -> None:
+    """Nobody can take the name, and it takes nobody's place."""
+    tasks = aggregate(clock, max_prefixes=1)
+    tasks.observe(record(OVERFLOW))
+    tasks.observe(record("a"))
+    tasks.observe(record(OVERFLOW))
+    assert tasks.own_labels == 1
+    assert tasks.overflow_tasks == 2
+
+
+def test_labels_are_bounded_and_can_be_encoded(clock: Clock) -> None:
+    """A prefix of 10 kB is cut; a lone surrogate would make the whole page fail."""
+    tasks = aggregate(clock)
+    for prefix in ("x" * 10_000, "x" * 10_001, "bad\udcff"):
+        tasks.observe(record(prefix))
+        tasks.observe(record(prefix))
+    labels = {one.label: sum(one.tasks.values()) for one in tasks.snapshot()}
+    assert labels == {"x" * LABEL_LENGTH: 4, "bad?": 2}
+    assert tasks.own_labels == 2
+
+
+def test_maxima_slide(clock: Clock) -> None:
+    """The largest of the window, to a tenth of it; then the next one; then none."""
+    maximum = SlidingMaximum(WINDOW)
+    maximum.observe(100, clock.now)
+    clock.now += 300
+    maximum.observe(50, clock.now)
+    assert maximum.value(clock.now) == 100
+    clock.now += 230
+    assert maximum.value(clock.now) == 100
+    clock.now += 130  # 660 s: a tenth more than the window
+    assert maximum.value(clock.now) == 50
+    clock.now += 300
+    assert maximum.value(clock.now) is None
+
+
+def test_reading_a_maximum_changes_nothing(clock: Clock) -> None:
+    """Two Prometheus servers may scrape: each sees the same."""
+    tasks = aggregate(clock)
+    tasks.observe(record("x", peak=30, growth=7))
+    first = tasks.snapshot()
+    assert tasks.snapshot() == first
+    assert (first[0].peak_maximum, first[0].growth_maximum) == (30, 7)
+    tasks.observe(record("x", peak=20, growth=9))
+    assert (tasks.snapshot()[0].peak_maximum, tasks.snapshot()[0].growth_maximum) == (30, 9)
+    clock.now += 2 * WINDOW
+    assert (tasks.snapshot()[0].peak_maximum, tasks.snapshot()[0].growth_maximum) == (None, None)
+
+
+def test_maxima_take_bounded_memory(clock: Clock) -> None:
+    """However long it runs: a slot is kept for each tenth of the window."""
+    maximum = SlidingMaximum(WINDOW)
+    for second in range(0, 100_000, 7):
+        maximum.observe(second % 1000, clock.now + second)
+    assert len(maximum._slots) <= 10
+
+
+def test_totals_add_up(clock: Clock) -> None:
+    """Over all labels, bucket by bucket."""
+    tasks = aggregate(clock, max_prefixes=1)
+    for prefix, growth in (("a", 5), ("b", 15), ("c", None)):
+        tasks.observe(record(prefix, peak=30, growth=growth))
+    peak, growth, by_scope = totals(tasks.snapshot(), tasks.bounds)
+    assert peak == ([0, 0, 3, 3], 90)
+    assert growth == ([1, 2, 2, 2], 20)
+    assert by_scope["process"] == 2
+    assert by_scope["shared"] == 1
+
+
+def test_snapshots_are_consistent_while_others_count(clock: Clock) -> None:
+    """From any thread: counts of a snapshot agree with each other, and none is lost."""
+    tasks = aggregate(clock)
+    begun = threading.Barrier(4)
+
+    def count(letter: str) -> None:
+        begun.wait()
+        for i in range(5000):
+            tasks.observe(record(f"{letter}{i % 20}", peak=i, growth=i % 50))
+
+    threads = [threading.Thread(target=count, args=(letter,)) for letter in "abc"]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    while any(thread.is_alive() for thread in threads):
+        for one in tasks.snapshot():
+            assert one.peak.cumulative[-1] == one.growth.cumulative[-1] == sum(one.tasks.values())
+            assert one.peak.cumulative == sorted(one.peak.cumulative)
+    for thread in threads:
+        thread.join()
+    assert sum(one.peak.cumulative[-1] for one in tasks.snapshot()) == 15_000
+    assert tasks.own_labels == 40
