@@ -1,0 +1,344 @@
+"""Tasks that tests run on workers; imported there, so this module must stay light."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed import Reschedule, get_client, rejoin, secede, worker_client
+
+MIB = 2**20
+
+
+def array(mib: int = 100, hold: float = 0.0) -> None:
+    """Hold one array for a while."""
+    block = np.ones(mib * MIB // 8)
+    time.sleep(hold)
+    del block
+
+
+def made(mib: int) -> np.ndarray:
+    """Return an array."""
+    return np.ones(mib * MIB // 8)
+
+
+def nothing(*_: Any) -> None:
+    """Do nothing, whatever the inputs are."""
+
+
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+class Gate:
+    """A file that tasks wait for, in any process: they block on its lock, and use no processor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._file = open(self.path, "w")  # noqa: SIM115
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def open(self) -> None:
+        """Let everybody through, now and later."""
+        self._file.close()
+
+    @property
+    def reached(self) -> bool:
+        """Whether a task has come to it."""
+        return os.path.exists(self.path + ".reached")
+
+
+def is_open(path: str) -> bool:
+    """Return whether a gate is open."""
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def reach(path: str) -> None:
+    """Say that a task has come to a gate."""
+    Path(path + ".reached").touch()
+
+
+def wait_for(path: str, *_: Any) -> None:
+    """Wait at a gate."""
+    reach(path)
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+
+def hold_until(path: str, mib: int) -> None:
+    """Hold an array until a gate opens."""
+    block = np.ones(mib * MIB // 8)
+    wait_for(path)
+    del block
+
+
+def counted_hold_until(path: str, mib: int) -> None:
+    """The same, counting its executions in a file."""
+    times_before(path + ".executions")
+    hold_until(path, mib)
+
+
+def busy_until(path: str) -> None:
+    """Use the processor and next to no memory until a gate opens."""
+    reach(path)
+    while not is_open(path):
+        sum(range(1000))
+
+
+def array_after(path: str, mib: int) -> np.ndarray:
+    """Return an array that is made once a gate opens."""
+    wait_for(path)
+    return np.ones(mib * MIB // 8)
+
+
+def fail(mib: int = 100) -> None:
+    array(mib)
+    raise ValueError("on purpose")
+
+
+def times_before(path: str) -> int:
+    """Return how often this was called before; counts in a file."""
+    with open(path, "a+") as file:
+        file.write("x")
+        return file.tell() - 1
+
+
+def fail_twice(path: str, mib: int = 100) -> None:
+    array(mib)
+    if times_before(path) < 2:
+        raise ValueError("on purpose")
+
+
+def reschedule_once(path: str, mib: int = 100) -> None:
+    array(mib)
+    if times_before(path) < 1:
+        raise Reschedule
+
+
+def secede_and_rejoin(first: int, second: int) -> None:
+    """Hold one array before seceding, and another after it."""
+    array(first)
+    secede()
+    array(second, 0.02)
+    rejoin()
+
+
+def secede_until(path: str) -> None:
+    """Leave the pool and do not end until a gate opens."""
+    secede()
+    wait_for(path)
+
+
+def with_worker_client(count: int, mib: int) -> None:
+    with worker_client() as client:
+        client.gather(client.map(array, [mib] * count, key="inner", pure=False))
+
+
+def with_get_client(count: int, mib: int) -> None:
+    client = get_client()
+    client.gather(client.map(array, [mib] * count, key="inner", pure=False))
+
+
+async def coroutine(mib: int, path: str | None = None, *, error: bool = False) -> None:
+    """Await, hold an array over another await, perhaps fail."""
+    await asyncio.sleep(0)
+    block = np.ones(mib * MIB // 8)
+    while path is not None and not is_open(path):
+        await asyncio.sleep(0.005)
+    del block
+    if error:
+        raise ValueError("on purpose")
+
+
+class Actor:
+    """Methods of every kind."""
+
+    def hold(self, path: str, mib: int = 0) -> None:
+        hold_until(path, mib)
+
+    def fail(self, mib: int) -> None:
+        fail(mib)
+
+    async def on_loop(self, mib: int) -> None:
+        array(mib)
+
+
+#: A program that holds memory for a while: bytes, seconds.
+HOLD = """
+import sys, time
+block = bytearray(int(sys.argv[1]))
+for offset in range(0, len(block), 4096):
+    block[offset] = 1
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def child_holds(mib: int, seconds: float) -> None:
+    subprocess.run([sys.executable, "-c", HOLD, str(mib * MIB), str(seconds)], check=True)
+
+
+def short_child(mib: int) -> None:
+    """Run a program that lives for a millisecond or two, and hold an array."""
+    subprocess.run(["/bin/true"], check=True)
+    array(mib)
+
+
+def unwaited_child(mib: int) -> int:
+    """Start a program, do not wait for it, and hold an array."""
+    child = os.spawnl(os.P_NOWAIT, "/bin/true", "true")
+    array(mib)
+    return child
+
+
+def wait_for_child(child: int) -> None:
+    os.waitpid(child, 0)
+
+
+def fork_holds(mib: int, seconds: float) -> None:
+    """Fork with multiprocessing; the child touches memory of its own."""
+    import multiprocessing
+
+    child = multiprocessing.get_context("fork").Process(target=array, args=(mib, seconds))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def fork_and_look(mib: int) -> dict[str, Any]:
+    """Fork, let the child look at what it has of us, hold an array; return what it has seen."""
+    import json
+
+    from prometheus_client import REGISTRY, generate_latest
+
+    from dask_memusage_exporter import process
+
+    def look() -> dict[str, Any]:
+        links = []
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                links.append(os.readlink(f"/proc/self/fd/{name}"))
+            except OSError:  # the descriptor of the listing itself
+                continue
+        tracker = process._process.tracker
+        return {
+            "ours_open": [link for link in links if link.endswith(("clear_refs", "statm"))],
+            "starts": tracker.start(None, lambda: True) is not None,
+            "exports": "task_memory" in generate_latest(REGISTRY).decode(),
+        }
+
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(into, json.dumps(look()).encode())
+        finally:
+            os._exit(7)
+    _, status = os.waitpid(child, 0)
+    array(mib)
+    seen = json.loads(os.read(out, 65536))
+    for descriptor in (out, into):
+        os.close(descriptor)
+    return {**seen, "exit": os.waitstatus_to_exitcode(status)}
+
+
+def in_c(mib: int) -> None:
+    """Allocate in one call that holds the GIL all the time."""
+    block = b"x" * (mib * MIB)
+    del block
+
+
+def arrays(count: int, mib: int) -> list[np.ndarray]:
+    return [np.ones(mib * MIB // 8) for _ in range(count)]
+
+
+def lazily(count: int, mib: int) -> Iterator[np.ndarray]:
+    """Return a generator: nothing is allocated before somebody takes from it."""
+    return (np.ones(mib * MIB // 8) for _ in range(count))
+
+
+def taken(blocks: Iterator[np.ndarray]) -> int:
+    """Hold all that a generator gives."""
+    return len(list(blocks))
+
+
+def leave() -> None:
+    raise SystemExit(3)
+
+
+def read_mapped(path: str) -> int:
+    """Read a file through a read-only mapping, more than 20 ms long."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        return sum(sum(mapped[i : i + 65536]) for i in range(0, len(mapped), 2**20)) + _touch(
+            mapped
+        )
+
+
+def _touch(mapped: Any) -> int:
+    return sum(mapped[i] for i in range(0, len(mapped), 4096))
+
+
+def read_memmap(path: str) -> int:
+    return int(np.memmap(path, mode="r", dtype="u1").sum(dtype="u8"))
+
+
+# -- kinds of blocks: what they are made of, and how many bytes that is ------------------
+
+
+def byte_blocks(size: int, total: int) -> list[bytearray]:
+    return [bytearray(size) for _ in range(total // size)]
+
+
+def integers(total: int) -> list[int]:
+    return list(range(10**6, 10**6 + total // 40))
+
+
+def strings(total: int) -> list[str]:
+    return [f"{i:051d}" for i in range(total // 112)]
+
+
+def dicts(total: int) -> list[dict[str, int]]:
+    return [{"a": i, "b": -i} for i in range(10**6, 10**6 + total // 256)]
+
+
+def size_of(blocks: list[Any]) -> int:
+    """Return the bytes of a list of equal blocks, in units of 16 as every allocator here gives."""
+    one = blocks[0]
+    parts = [one, *one.values()] if isinstance(one, dict) else [one]
+    each = sum(-(-sys.getsizeof(part) // 16) * 16 for part in parts)
+    return sys.getsizeof(blocks) + len(blocks) * each
+
+
+KINDS: dict[str, Any] = {
+    "5 kB": lambda total: byte_blocks(5000, total),
+    "64 kB": lambda total: byte_blocks(64_000, total),
+    "1 MB": lambda total: byte_blocks(2**20, total),
+    "integers": integers,
+    "strings": strings,
+    "dicts": dicts,
+}
+
+
+def allocate(kind: str, total: int) -> int:
+    """Allocate blocks of a kind, let them go, return what they were."""
+    blocks = KINDS[kind](total)
+    return size_of(blocks)
+
+
+def allocate_and_keep(size: int, total: int) -> np.ndarray:
+    """Allocate arrays, let them go but for one, and return that."""
+    blocks = [np.ones(size // 8) for _ in range(total // size)]
+    return blocks[len(blocks) // 2]

@@ -1,0 +1,513 @@
+"""A record never blames a task for memory that is not its own, and never hides its growth.
+
+On real worker processes: what the heap had free, what the worker itself moves, what other workers
+of the process do, mapped files, and sources that only sample or fail.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import wait
+
+from dask_memusage_exporter.records import TaskMemory
+from tests import tasks
+from tests.conftest import Measured, Metrics, measured, wait_until, worker_ports
+from tests.tasks import Gate
+
+MIB = 2**20
+
+TOTAL = 200 * MIB
+RUNS = 10
+
+#: How far a growth that is called the task's own may be from the truth.
+TOLERANCE = 0.1
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Measured]:
+    """One worker process with one thread."""
+    with measured() as cluster:
+        cluster.client.submit(tasks.nothing).result()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def trimming() -> Iterator[Measured]:
+    """The same with the heap trimmed before tasks, for as much as half of the time."""
+    with measured({"memusage.trim": 0.5}) as cluster:
+        cluster.client.submit(tasks.nothing).result()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Measured]:
+    """Two worker processes with one thread each, and P2P shuffles."""
+    with measured(n_workers=2) as cluster:
+        for worker in addresses(cluster):
+            cluster.client.submit(tasks.nothing, worker, workers=worker).result()
+        yield cluster
+
+
+def addresses(cluster: Measured) -> list[str]:
+    return list(cluster.cluster.scheduler.workers)
+
+
+def record(cluster: Measured, key: str) -> TaskMemory:
+    """Return the one record of a key."""
+    (found,) = (one for one in cluster.records if one.key == key)
+    return found
+
+
+def reached(gate: Gate) -> None:
+    """Wait until a task waits at a gate."""
+    wait_until(lambda: gate.reached, what=f"a task to come to {gate.path}")
+
+
+def seen(one: TaskMemory) -> int:
+    """Return by how much the process was seen to grow."""
+    return one.peak_bytes - one.start_bytes
+
+
+def assert_shared(one: TaskMemory, reason: str) -> None:
+    assert (one.scope, one.reason, one.growth_bytes) == ("shared", reason, None), one
+
+
+def assert_own(one: TaskMemory, truth: float, tolerance: float = 0.02) -> None:
+    assert (one.scope, one.reason) == ("process", None), one
+    assert one.growth_bytes == pytest.approx(truth, rel=tolerance), one
+
+
+# -- mapped files ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [tasks.read_mapped, tasks.read_memmap])
+def test_mapped_file(read: Callable[[str], int], one: Measured, tmp_path: Path) -> None:
+    """A file of 300 MiB that is read through a mapping is told apart from memory."""
+    path = tmp_path / "mapped"
+    path.write_bytes(b"\1" * (300 * MIB))
+    one.client.submit(read, str(path), key=read.__name__).result()
+    found = record(one, read.__name__)
+    assert seen(found) > 290 * MIB
+    assert_shared(found, "mapped")
+
+
+# -- warm heaps --------------------------------------------------------------------------
+
+
+def honest(one: TaskMemory, truth: float) -> str:
+    """Check a record of a task that has allocated ``truth``; return its reason or its scope."""
+    if one.scope == "process":
+        assert one.growth_bytes == pytest.approx(truth, rel=TOLERANCE), one
+        return "process"
+    assert_shared(one, "warm_heap")
+    if one.reusable_bytes is None:
+        return "not asked"
+    # The difference is covered: it may have been in the heap.
+    assert seen(one) + one.reusable_bytes >= (1 - TOLERANCE) * truth, one
+    return "warm_heap"
+
+
+@pytest.mark.parametrize("kind", tasks.KINDS)
+def test_warm_heap(kind: str, one: Measured) -> None:
+    """Ten times 200 MiB on one thread: each row is right, or says what the heap had free.
+
+    The truth is the size of the blocks by ``sys.getsizeof``, rounded up to units of 16 bytes.
+    """
+    keys = [f"{kind}-{run}" for run in range(RUNS)]
+    truths = [one.client.submit(tasks.allocate, kind, TOTAL, key=key).result() for key in keys]
+    assert truths[0] == pytest.approx(TOTAL, rel=0.1)
+    found = [honest(record(one, key), truth) for key, truth in zip(keys, truths, strict=True)]
+    # Tasks of that length can all be asked for.
+    assert "not asked" not in found
+
+
+def test_warm_heap_with_something_kept(one: Measured) -> None:
+    """The same where each run keeps one array of 64 kB, which pins the heap: never 0 for 200."""
+    keys = [f"keeping-{run}" for run in range(RUNS)]
+    kept = []
+    for key in keys:
+        kept.append(one.client.submit(tasks.allocate_and_keep, 64_000, TOTAL, key=key))
+        wait(kept)
+    found = [honest(record(one, key), TOTAL) for key in keys]
+    # Two of its heaps of 64 MiB are full of holes by now: without trimming nothing else is true.
+    assert "warm_heap" in found
+
+
+def test_trimmed_heap_with_something_kept(trimming: Measured) -> None:
+    """With trimming on, holes between what is kept go back too."""
+    kept = []
+    for run in range(RUNS):
+        key = f"keeping-{run}"
+        kept.append(trimming.client.submit(tasks.allocate_and_keep, 64_000, TOTAL, key=key))
+        wait(kept)
+        assert_own(record(trimming, key), TOTAL, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", tasks.KINDS)
+def test_trimmed_heap(kind: str, trimming: Measured) -> None:
+    """With trimming on, blocks of malloc are the task's own in every run, to 10 %.
+
+    Small Python objects are, as long as pymalloc has no half-filled arenas: those nobody can trim.
+    """
+    keys = [f"{kind}-{run}" for run in range(RUNS)]
+    for key in keys:
+        truth = trimming.client.submit(tasks.allocate, kind, TOTAL, key=key).result()
+        scope = honest(record(trimming, key), truth)
+        assert scope == "process" or kind not in ("5 kB", "64 kB", "1 MB"), record(trimming, key)
+
+
+# -- memory that the worker moves --------------------------------------------------------
+
+
+def test_arriving_transfer(pair: Measured, go: Gate) -> None:
+    """A task that only waits while 200 MiB of another task's input arrive is not blamed."""
+    here, there = addresses(pair)
+    block = pair.client.submit(tasks.made, 200, key="arriving", workers=there)
+    wait(block)
+    waiting = pair.client.submit(tasks.wait_for, go.path, key="waits-arriving", workers=here)
+    reached(go)
+    needs = pair.client.submit(tasks.nothing, block, key="needs", workers=here)
+    wait_until(lambda: len(pair.cluster.scheduler.tasks["arriving"].who_has) == 2)
+    go.open()
+    wait([waiting, needs])
+    found = record(pair, "waits-arriving")
+    assert_shared(found, "transfer")
+    assert found.foreign_bytes >= 200 * MIB
+    assert seen(found) >= 199 * MIB
+    assert found.concurrency == 1
+
+
+def test_leaving_transfer(pair: Measured, go: Gate) -> None:
+    """Nor where 200 MiB leave: what is sent may be copied for it."""
+    here, there = addresses(pair)
+    block = pair.client.submit(tasks.made, 200, key="leaving", workers=here)
+    wait(block)
+    waiting = pair.client.submit(tasks.wait_for, go.path, key="waits-leaving", workers=here)
+    reached(go)
+    wait(pair.client.submit(tasks.nothing, block, key="needs-leaving", workers=there))
+    go.open()
+    wait(waiting)
+    found = record(pair, "waits-leaving")
+    assert_shared(found, "transfer")
+    assert found.foreign_bytes >= 200 * MIB
+
+
+def test_release(pair: Measured, go: Gate) -> None:
+    """A result that is released while a task runs makes room that its growth does not show."""
+    here, _ = addresses(pair)
+    held = pair.client.submit(tasks.made, 150, key="held", workers=here)
+    wait(held)
+    result = pair.client.submit(
+        tasks.array_after, go.path, 150, key="releases-beside", workers=here
+    )
+    reached(go)
+    held.release()
+    wait_until(lambda: "held" not in pair.cluster.scheduler.tasks)
+    # On the same ordered stream as the release: the worker knows of it.
+    pair.client.run(tasks.nothing, workers=[here])
+    go.open()
+    wait(result)
+    found = record(pair, "releases-beside")
+    # What it has made is all there at the end, and RSS is what it was.
+    assert seen(found) < 10 * MIB
+    assert found.foreign_bytes >= 150 * MIB
+    assert found.scope == "shared"
+
+
+def test_release_before(pair: Measured) -> None:
+    """What is released between two tasks is nobody's: it makes neither of them shared."""
+    here, _ = addresses(pair)
+    for run in range(5):
+        wait(pair.client.submit(tasks.made, 100, key=f"chain-{run}", workers=here))
+        # Its result is released as the next one is sent.
+    assert {one.scope for one in pair.records.of("chain")} == {"process"}
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_scatter(direct: bool, pair: Measured, go: Gate) -> None:
+    """Data that a client sends to the worker is nobody's growth."""
+    here, _ = addresses(pair)
+    key = f"waits-scatter-{direct}"
+    waiting = pair.client.submit(tasks.wait_for, go.path, key=key, workers=here)
+    reached(go)
+    data = pair.client.scatter(np.ones(100 * MIB // 8), workers=[here], direct=direct)
+    go.open()
+    wait(waiting)
+    found = record(pair, key)
+    assert_shared(found, "transfer")
+    assert found.foreign_bytes >= 100 * MIB
+    del data
+
+
+@pytest.mark.filterwarnings("ignore:Sending large graph:UserWarning")
+@pytest.mark.parametrize(
+    ("size", "make"),
+    [
+        (30 * MIB, lambda size: os.urandom(size)),
+        (30 * MIB, lambda size: np.ones(size // 8)),
+        (8 * MIB, lambda size: os.urandom(size)),
+        (8 * MIB, lambda size: np.ones(size // 8)),
+        (8 * MIB, lambda size: [os.urandom(5000) for _ in range(size // 5000)]),
+    ],
+    ids=["30 MiB of bytes", "30 MiB array", "8 MiB of bytes", "8 MiB array", "8 MiB of 5 kB"],
+)
+def test_argument_in_graph(
+    size: int, make: Callable[[int], Any], trimming: Measured, go: Gate
+) -> None:
+    """An argument inside a graph is deserialised by the worker: nobody's growth.
+
+    Above 10 MB on the offload thread, below it on the event loop. On a heap that has nothing
+    free, which would be reason enough.
+    """
+    key = f"waits-argument-{go.path}"
+    trimming.client.submit(tasks.array, 10).result()
+    waiting = trimming.client.submit(tasks.wait_for, go.path, key=key)
+    reached(go)
+    with_argument = trimming.client.submit(tasks.nothing, make(size), key=f"argument-{go.path}")
+    # The client and its worker are on one ordered stream each, so this comes after it.
+    marker = trimming.client.submit(tasks.nothing, key=f"after-argument-{go.path}")
+    wait_until(lambda: arrived(trimming, marker.key))
+    go.open()
+    wait([waiting, with_argument, marker])
+    found = record(trimming, key)
+    assert seen(found) > 0.9 * size
+    assert (found.scope, found.growth_bytes) == ("shared", None), found
+    assert found.reason in ("transfer", "warm_heap"), found
+    assert found.foreign_bytes > MIB or found.reason == "transfer", found
+
+
+def arrived(cluster: Measured, key: str) -> bool:
+    """Return whether the only worker knows of a task. Waiting there is no user's code."""
+    (worker,) = cluster.cluster.scheduler.workers
+    story = cluster.cluster.sync(
+        cluster.cluster.scheduler.rpc(worker).get_story, keys_or_stimuli=[key]
+    )
+    return bool(story)
+
+
+@pytest.fixture(scope="module")
+def spilling() -> Iterator[Measured]:
+    """One worker process of two threads that spills above 300 MiB, and at nothing else."""
+    memory = {f"distributed.worker.memory.{what}": False for what in ("spill", "pause")}
+    memory |= {"distributed.worker.memory.terminate": False}
+    with measured(
+        {**memory, "distributed.worker.memory.target": 0.3}, threads_per_worker=2, memory_limit=1e9
+    ) as cluster:
+        cluster.client.submit(tasks.nothing).result()
+        yield cluster
+
+
+def test_spilling(spilling: Measured, go: Gate, stop: Gate) -> None:
+    """Writing results to disk, and reading them back with room to spare, is nobody's growth."""
+    first = spilling.client.submit(tasks.made, 200, key="spilled")
+    wait(first)
+    waiting = spilling.client.submit(tasks.wait_for, go.path, key="waits-spilling")
+    reached(go)
+    second = spilling.client.scatter(np.ones(200 * MIB // 8))
+    go.open()
+    wait(waiting)
+    found = record(spilling, "waits-spilling")
+    assert_shared(found, "transfer")
+    # It came in, and the other one was written.
+    assert found.foreign_bytes >= 400 * MIB
+    second.release()
+    wait_until(lambda: second.key not in spilling.cluster.scheduler.tasks)
+    waiting = spilling.client.submit(tasks.wait_for, stop.path, key="waits-unspilling")
+    reached(stop)
+    reads = spilling.client.submit(tasks.nothing, first, key="unspills")
+    wait(reads)
+    stop.open()
+    wait(waiting)
+    found = record(spilling, "waits-unspilling")
+    assert_shared(found, "transfer")
+    assert found.foreign_bytes >= 200 * MIB
+    assert seen(found) >= 199 * MIB
+    # The one that needed it began when it was there.
+    assert record(spilling, "unspills").foreign_bytes < MIB
+
+
+def test_p2p_shuffle(pair: Measured, go: Gate) -> None:
+    """What a P2P shuffle sends to a worker is not the growth of the task that waits there."""
+    import dask.dataframe as dd
+
+    here, there = addresses(pair)
+    frame = pd.DataFrame({"k": np.arange(200_000) % 1000, "x": 1.0, "y": 2.0})
+    parts = pair.client.map(
+        lambda _, frame=frame: frame.copy(), range(10), workers=there, key="part"
+    )
+    wait(parts)
+    waiting = pair.client.submit(tasks.wait_for, go.path, key="waits-p2p", workers=here)
+    reached(go)
+    with dask.config.set({"dataframe.shuffle.method": "p2p"}):
+        shuffled = dd.from_delayed(parts, meta=frame.iloc[:0]).shuffle("k").persist()
+    wait_until(lambda: shuffled_to(pair, here) > 10 * MIB, what="shards at the waiting worker")
+    go.open()
+    wait([waiting, shuffled])
+    found = record(pair, "waits-p2p")
+    assert_shared(found, "transfer")
+    assert found.foreign_bytes > 10 * MIB
+    assert found.concurrency == 1
+
+
+def shuffled_to(cluster: Measured, worker: str) -> int:
+    """Return how many bytes a worker has received in shuffles, as its heartbeat says."""
+    beats = cluster.cluster.scheduler.plugins["shuffle"].heartbeats
+    return sum(beat[worker]["comm"]["read"] for beat in beats.values() if worker in beat)
+
+
+# -- several workers in one process ------------------------------------------------------
+
+
+def test_two_workers_in_a_process(measure: Callable[..., Measured], go: Gate, stop: Gate) -> None:
+    """One tracker a process: a spike beside the other worker's short task is fully seen."""
+    cluster = measure(processes=False, n_workers=2)
+    here, there = addresses(cluster)
+    spike = cluster.client.submit(tasks.hold_until, go.path, 200, key="spike", workers=here)
+    reached(go)
+    cluster.client.submit(tasks.nothing, key="short", workers=there).result()
+    go.open()
+    wait(spike)
+    found = record(cluster, "spike")
+    assert seen(found) >= 199 * MIB
+    assert found.concurrency == 2
+    # One of the two goes; the other is measured on. It waits for a gate, and so do we: what the
+    # main thread does is somebody's code.
+    held = cluster.client.submit(tasks.hold_until, stop.path, 200, key="stays", workers=there)
+    reached(stop)
+    cluster.client.retire_workers([here])
+    wait_until(lambda: len(cluster.cluster.scheduler.workers) == 1)
+    stop.open()
+    wait(held)
+    assert seen(record(cluster, "stays")) >= 199 * MIB
+
+
+def test_main_thread(measure: Callable[..., Measured], go: Gate) -> None:
+    """What the user's own code allocates in the main thread is no task's growth."""
+    assert threading.current_thread() is threading.main_thread()
+    cluster = measure(processes=False)
+    waiting = cluster.client.submit(tasks.wait_for, go.path, key="beside-main")
+    reached(go)
+    block = np.ones(200 * MIB // 8)
+    go.open()
+    wait(waiting)
+    found = record(cluster, "beside-main")
+    assert seen(found) >= 199 * MIB
+    assert_shared(found, "overlap")
+    del block
+    gc.collect()
+
+
+def test_threads(measure: Callable[..., Measured], go: Gate) -> None:
+    """Tasks that overlap are shared, with the peak of them all."""
+    cluster = measure(threads_per_worker=4)
+    cluster.client.submit(tasks.nothing).result()
+    waiting = [
+        cluster.client.submit(tasks.array_after, f"{go.path}", mib, key=f"threads-{mib}")
+        for mib in (20, 30, 40, 50)
+    ]
+    wait_until(
+        lambda: sum(s.processing == {} for s in cluster.cluster.scheduler.workers.values()) == 0
+    )
+    reached(go)
+    wait_until(lambda: running(cluster) == 4)
+    go.open()
+    wait(waiting)
+    found = cluster.records.of("threads")
+    assert len(found) == 4
+    for one in found:
+        assert_shared(one, "overlap")
+        assert one.concurrency == 4
+    assert max(map(seen, found)) >= 139 * MIB
+
+
+def running(cluster: Measured) -> int:
+    """Return how many tasks run on the only worker."""
+    return sum(map(len, cluster.client.call_stack().values()))
+
+
+# -- sources -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [{"source": "polling"}, {"kernel-reset": False}])
+def test_polling(config: dict[str, Any], measure: Callable[..., Measured]) -> None:
+    """A source that only samples works, says so everywhere, and claims nothing."""
+    cluster = measure({f"memusage.{key}": value for key, value in config.items()})
+    cluster.client.submit(tasks.array, 100, 0.3, key="polled").result()
+    found = record(cluster, "polled")
+    assert_shared(found, "polling")
+    assert seen(found) >= 99 * MIB
+    (port,) = worker_ports(cluster.cluster)
+    info = [dict(labels) for name, labels in Metrics.read(port) if "exporter_info" in name]
+    assert [labels["source"] for labels in info] == ["polling"]
+
+
+def test_failing_source(one: Measured) -> None:
+    """An error of ours in start and stop reaches no task: counted by stage, and logged once."""
+
+    def break_it(dask_worker: Any) -> None:
+        source = dask_worker.extensions["memusage"]._process.tracker._source
+
+        def fail(*_: Any) -> None:
+            raise OSError("broken on purpose")
+
+        source.faults = fail
+
+    def mend_it(dask_worker: Any) -> tuple[dict[str, int], dict[str, int], Any]:
+        agent = dask_worker.extensions["memusage"]
+        del agent._process.tracker._source.faults
+        health = agent._process.health
+        return health.errors, health.dropped, agent._seam_fault
+
+    one.client.run(break_it)
+    results = one.client.gather(one.client.map(len, [[1]] * 20, key="unmeasured", pure=False))
+    assert results == [1] * 20
+    ((errors, dropped, fault),) = one.client.run(mend_it).values()
+    # The call that broke it has a bracket too.
+    assert errors["stop"] == 20 + 1
+    assert dropped["invalid"] == 20
+    # That is no fault of the seam.
+    assert fault is None
+    (log,) = one.client.get_worker_logs().values()
+    assert len([line for level, line in log if "broken on purpose" in line]) == 1
+    assert one.client.submit(tasks.array, key="after-failures").result() is None
+    assert_own(record(one, "after-failures"), 100 * MIB)
+
+
+def test_event_loop_is_free(one: Measured, go: Gate) -> None:
+    """While our work runs on the task's thread, the worker's lock is free and its loop goes on."""
+
+    def hold_up(dask_worker: Any, path: str) -> None:
+        tracker = dask_worker.extensions["memusage"]._process.tracker
+        start = tracker.start
+
+        def slow(*args: Any) -> Any:
+            del tracker.start
+            tasks.wait_for(path)
+            return start(*args)
+
+        tracker.start = slow
+
+    one.client.run(hold_up, path=go.path)
+    future = one.client.submit(tasks.nothing, key="held-up")
+    reached(go)
+    # Would not come back if the loop stood still; the lock is taken as the profiler takes it.
+    assert list(one.client.run(lock_is_free).values()) == [True]
+    go.open()
+    future.result()
+
+
+def lock_is_free(dask_worker: Any) -> bool:
+    if not dask_worker.active_threads_lock.acquire(timeout=5):
+        return False
+    dask_worker.active_threads_lock.release()
+    return "held-up" in dask_worker.active_threads.values()
