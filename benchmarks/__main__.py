@@ -23,6 +23,9 @@ BENCHMARKS = (
     "completeness",
     "memory",
     "scopes",
+    "scale",
+    "quantiles",
+    "kills",
 )
 
 

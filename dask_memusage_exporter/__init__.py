@@ -17,6 +17,7 @@ except PackageNotFoundError:  # a copy on the path, not installed
 
 from dask_memusage_exporter.config import ConfigError
 from dask_memusage_exporter.install import install
+from dask_memusage_exporter.recording import Recording, record
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin, on_preload
 from dask_memusage_exporter.worker import MemusageWorkerPlugin
@@ -25,10 +26,12 @@ __all__ = [
     "ConfigError",
     "MemusageSchedulerPlugin",
     "MemusageWorkerPlugin",
+    "Recording",
     "TaskMemory",
     "__version__",
     "dask_setup",
     "install",
+    "record",
 ]
 
 

@@ -1,5 +1,8 @@
 """Per-prefix histograms, counters and maxima of one process or cluster.
 
+Records are counted into a :class:`Batch`, and batches are added to :class:`Aggregate`: the worker's
+for its own page, the scheduler's for the cluster's, so that no message is owed for a single task.
+
 Covers: exact counts and sums, the cap on prefixes, maxima over a sliding window.
 Does not cover: how they are shown; exporters read :meth:`Aggregate.snapshot`.
 """
@@ -10,9 +13,9 @@ import logging
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dask_memusage_exporter.measure.scopes import SCOPES
 from dask_memusage_exporter.records import TaskMemory
@@ -42,6 +45,7 @@ class PrefixSnapshot(NamedTuple):
     label: str
     peak: HistogramSnapshot
     growth: HistogramSnapshot
+    input: HistogramSnapshot
     tasks: dict[str, int]
     #: The largest in the window in bytes; None: none in it.
     peak_maximum: int | None
@@ -51,21 +55,85 @@ class PrefixSnapshot(NamedTuple):
 class Histogram:
     """Counts of values by bucket; a value equal to a bound is in that bound's bucket."""
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("counts", "total")
 
-    def __init__(self, bounds: tuple[int, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
+    def __init__(self) -> None:
+        #: Count by the bucket's number; most tasks of a kind are alike and fill few of them.
+        self.counts: dict[int, int] = {}
         self.total = 0
 
-    def observe(self, value: int) -> None:
+    def observe(self, value: int, bounds: Sequence[int]) -> None:
         """Add a value in bytes."""
-        self.counts[bisect_left(self.bounds, value)] += 1
+        bucket = bisect_left(bounds, value)
+        self.counts[bucket] = self.counts.get(bucket, 0) + 1
         self.total += value
 
-    def snapshot(self) -> HistogramSnapshot:
-        """Return the cumulative counts and the sum."""
-        return HistogramSnapshot(list(accumulate(self.counts)), self.total)
+    def add(self, counts: Iterable[tuple[int, int]], total: int) -> None:
+        """Add another histogram's counts, as pairs of a bucket's number and a count."""
+        for bucket, count in counts:
+            self.counts[bucket] = self.counts.get(bucket, 0) + count
+        self.total += total
+
+    def snapshot(self, buckets: int) -> HistogramSnapshot:
+        """Return the cumulative counts of that many buckets and the sum."""
+        get = self.counts.get
+        return HistogramSnapshot(
+            list(accumulate(get(bucket, 0) for bucket in range(buckets))), self.total
+        )
+
+
+class Tally:
+    """What has been counted of one prefix: histograms, tasks by scope, the largest values."""
+
+    __slots__ = ("growth", "growth_largest", "input", "peak", "peak_largest", "tasks")
+
+    def __init__(self) -> None:
+        self.peak, self.growth, self.input = Histogram(), Histogram(), Histogram()
+        # Every scope from the start at 0: a series that first appears at 1 has no increase.
+        self.tasks = dict.fromkeys(SCOPES, 0)
+        #: The largest in bytes; -1: none.
+        self.peak_largest = self.growth_largest = -1
+
+    def observe(self, record: TaskMemory, bounds: Sequence[int]) -> None:
+        """Count one record."""
+        peak, growth = record.peak_bytes, record.growth_bytes
+        self.peak.observe(peak, bounds)
+        self.peak_largest = max(self.peak_largest, peak)
+        if growth is not None:
+            self.growth.observe(growth, bounds)
+            self.growth_largest = max(self.growth_largest, growth)
+        if record.input_bytes is not None:
+            self.input.observe(record.input_bytes, bounds)
+        self.tasks[record.scope] += 1
+
+    def add(self, wire: Sequence[Any]) -> None:
+        """Add a tally as it travels; see :meth:`to_wire`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is not one.
+        """
+        peak, growth, inputs, tasks, largest = wire[:5]
+        for histogram, (counts, total) in (
+            (self.peak, peak), (self.growth, growth), (self.input, inputs),
+        ):  # fmt: skip
+            histogram.add(counts, total)
+        for scope, count in tasks:
+            if scope in self.tasks:
+                self.tasks[scope] += count
+        self.peak_largest = max(self.peak_largest, largest[0])
+        self.growth_largest = max(self.growth_largest, largest[1])
+
+    def to_wire(self) -> tuple[Any, ...]:
+        """Return the tally in plain types, small."""
+        return (
+            (tuple(self.peak.counts.items()), self.peak.total),
+            (tuple(self.growth.counts.items()), self.growth.total),
+            (tuple(self.input.counts.items()), self.input.total),
+            tuple((scope, count) for scope, count in self.tasks.items() if count),
+            (self.peak_largest, self.growth_largest),
+        )
 
 
 class SlidingMaximum:
@@ -91,27 +159,64 @@ class SlidingMaximum:
         return max((v for s, v in self._slots.items() if s > oldest), default=None)
 
 
-class _Prefix:
-    __slots__ = ("growth", "growth_maximum", "peak", "peak_maximum", "tasks")
-
-    def __init__(self, bounds: tuple[int, ...], window: float) -> None:
-        self.peak, self.growth = Histogram(bounds), Histogram(bounds)
-        self.peak_maximum, self.growth_maximum = SlidingMaximum(window), SlidingMaximum(window)
-        # Every scope from the start at 0: a series that first appears at 1 has no increase.
-        self.tasks = dict.fromkeys(SCOPES, 0)
-
-
-class Aggregate:
-    """Takes records in, thread-safe.
+class Batch:
+    """Tallies since they were last taken, thread-safe: what goes into aggregates at once.
 
     Parameters
     ----------
     bounds
-        Upper bounds of both histograms in bytes, rising.
+        Upper bounds of the histograms in bytes, rising.
+    """
+
+    #: Prefixes between two takes; more go to :data:`OVERFLOW` (keys that are all prefixes).
+    most_prefixes = 1_000
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        self.bounds = bounds
+        self._lock = threading.Lock()
+        self._tallies: dict[str, Tally] = {}
+        #: Records in the batch.
+        self.records = 0
+
+    def observe(self, record: TaskMemory) -> None:
+        """Count one record."""
+        prefix = record.task_prefix
+        with self._lock:
+            tally = self._tallies.get(prefix)
+            if tally is None:
+                label = to_label(prefix) if len(self._tallies) < self.most_prefixes else OVERFLOW
+                tally = self._tallies.setdefault(label, Tally())
+            tally.observe(record, self.bounds)
+            self.records += 1
+
+    def take(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """Return what has come since the last take, a label and its tally each; begin anew."""
+        with self._lock:
+            tallies, self._tallies, self.records = self._tallies, {}, 0
+        return [(label, tally.to_wire()) for label, tally in tallies.items()]
+
+
+class _Prefix:
+    __slots__ = ("growth_maximum", "peak_maximum", "tally")
+
+    def __init__(self, window: float) -> None:
+        self.tally = Tally()
+        self.peak_maximum, self.growth_maximum = SlidingMaximum(window), SlidingMaximum(window)
+
+
+class Aggregate:
+    """Everything counted in a process or a cluster, thread-safe.
+
+    Parameters
+    ----------
+    bounds
+        Upper bounds of the histograms in bytes, rising.
     max_prefixes
         Prefixes with a label of their own; the rest count under :data:`OVERFLOW`.
     maximum_window
         Seconds that the maxima look back.
+    wanted
+        Which prefixes may have a label of their own; the others count under :data:`OVERFLOW`.
     clock
         Seconds, monotonic.
     """
@@ -122,60 +227,75 @@ class Aggregate:
         bounds: tuple[int, ...],
         max_prefixes: int,
         maximum_window: float,
+        wanted: Callable[[str], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bounds = bounds
         self._max_prefixes = max_prefixes
         self._window = maximum_window
+        self._wanted = wanted
         self._clock = clock
         self._lock = threading.Lock()
-        self._prefixes: dict[str, _Prefix] = {}
+        self._prefixes: dict[str, _Prefix] = {OVERFLOW: _Prefix(maximum_window)}
+        self._said_overflow = False
         #: Tasks that counted under :data:`OVERFLOW`.
         self.overflow_tasks = 0
 
     @property
     def own_labels(self) -> int:
         """The number of prefixes that have a label of their own."""
-        return len(self._prefixes) - (OVERFLOW in self._prefixes)
+        return len(self._prefixes) - 1
 
-    def observe(self, record: TaskMemory) -> None:
-        """Count one record."""
+    def add(self, batch: Iterable[tuple[str, Sequence[Any]]]) -> None:
+        """Add a batch, as :meth:`Batch.take` returns it."""
         now = self._clock()
         with self._lock:
-            prefix = self._prefixes.get(record.task_prefix)
-            if prefix is None or record.task_prefix == OVERFLOW:
-                prefix = self._prefix(to_label(record.task_prefix))
-            prefix.peak.observe(record.peak_bytes)
-            prefix.peak_maximum.observe(record.peak_bytes, now)
-            prefix.tasks[record.scope] += 1
-            if record.growth_bytes is not None:
-                prefix.growth.observe(record.growth_bytes)
-                prefix.growth_maximum.observe(record.growth_bytes, now)
+            for label, wire in batch:
+                prefix = self._prefix(label)
+                before = sum(prefix.tally.tasks.values())
+                prefix.tally.add(wire)
+                if prefix is self._prefixes[OVERFLOW]:
+                    self.overflow_tasks += sum(prefix.tally.tasks.values()) - before
+                for maximum, largest in zip(
+                    (prefix.peak_maximum, prefix.growth_maximum), wire[4], strict=True
+                ):
+                    if largest >= 0:
+                        maximum.observe(largest, now)
+
+    def label_of(self, prefix: str) -> str:
+        """Return the label under which a prefix counts, and give it one if there is room."""
+        with self._lock:
+            label = to_label(prefix)
+            return label if self._prefix(label) is not self._prefixes[OVERFLOW] else OVERFLOW
 
     def snapshot(self) -> list[PrefixSnapshot]:
         """Return everything, one entry a label, consistent in itself."""
         now = self._clock()
+        buckets = len(self.bounds) + 1
         with self._lock:
             return [
                 PrefixSnapshot(
                     label,
-                    prefix.peak.snapshot(),
-                    prefix.growth.snapshot(),
-                    dict(prefix.tasks),
+                    prefix.tally.peak.snapshot(buckets),
+                    prefix.tally.growth.snapshot(buckets),
+                    prefix.tally.input.snapshot(buckets),
+                    dict(prefix.tally.tasks),
                     prefix.peak_maximum.value(now),
                     prefix.growth_maximum.value(now),
                 )
                 for label, prefix in self._prefixes.items()
+                if label != OVERFLOW or self.overflow_tasks
             ]
 
     def _prefix(self, label: str) -> _Prefix:
         prefix = self._prefixes.get(label)
-        if prefix is not None and label != OVERFLOW:
+        if prefix is not None:
             return prefix
-        if self.own_labels < self._max_prefixes and label != OVERFLOW:
-            self._prefixes[label] = prefix = _Prefix(self.bounds, self._window)
+        if self.own_labels < self._max_prefixes and self._wanted(label):
+            self._prefixes[label] = prefix = _Prefix(self._window)
             return prefix
-        if self.overflow_tasks == 0:
+        if self.own_labels >= self._max_prefixes and not self._said_overflow:
+            self._said_overflow = True
             logger.warning(
                 "dask-memusage: more than %d task prefixes; %r and all others that are new count "
                 "under %s. Raise memusage.max-prefixes to tell them apart",
@@ -183,9 +303,6 @@ class Aggregate:
                 label,
                 OVERFLOW,
             )
-        self.overflow_tasks += 1
-        if OVERFLOW not in self._prefixes:
-            self._prefixes[OVERFLOW] = _Prefix(self.bounds, self._window)
         return self._prefixes[OVERFLOW]
 
 

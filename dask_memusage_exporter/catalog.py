@@ -34,27 +34,27 @@ METRICS: tuple[MetricSpec, ...] = (
         "task_memory_peak_bytes", "histogram", "bytes", _PREFIX,
         "Peak resident memory of the process (children included) while a task ran; "
         "everybody's when tasks overlap.",
-        _WORKER,
+        _BOTH,
     ),
     MetricSpec(
         "task_memory_growth_bytes", "histogram", "bytes", _PREFIX,
         "What a task itself added at its peak; only tasks of scope process.",
-        _WORKER,
+        _BOTH,
     ),
     MetricSpec(
         "task_memory_peak_maximum_bytes", "gauge", "bytes", _PREFIX,
         "Largest peak in the last memusage.maximum-window; a scrape changes nothing.",
-        _WORKER,
+        _BOTH,
     ),
     MetricSpec(
         "task_memory_growth_maximum_bytes", "gauge", "bytes", _PREFIX,
         "Largest growth in the last memusage.maximum-window; a scrape changes nothing.",
-        _WORKER,
+        _BOTH,
     ),
     MetricSpec(
         "task_memory_tasks", "counter", "", (*_PREFIX, "scope"),
         "Executions measured, by whose number the measurement is.",
-        _WORKER,
+        _BOTH,
     ),
     MetricSpec(
         "task_memory_dropped_records", "counter", "", ("reason",),
@@ -74,12 +74,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "task_memory_prefixes", "gauge", "", (),
         "Task prefixes that have a label of their own.",
-        _WORKER,
+        _BOTH,
     ),
     MetricSpec(
         "task_memory_overflow_tasks", "counter", "", (),
-        "Tasks that count under __overflow__, beyond memusage.max-prefixes.",
-        _WORKER,
+        "Tasks that count under __overflow__: beyond memusage.max-prefixes, or not wanted.",
+        _BOTH,
     ),
     MetricSpec(
         "task_memory_exporter", "info", "", ("exporter_version", "source"),
@@ -94,6 +94,37 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "task_memory_workers", "gauge", "", ("source",),
         "Connected workers by where their peaks come from; missing: the worker is not measured.",
+        _SCHEDULER,
+    ),
+    MetricSpec(
+        "task_memory_input_bytes", "histogram", "bytes", _PREFIX,
+        "Size of a task's dependencies, as Dask estimates it.",
+        _SCHEDULER,
+    ),
+    MetricSpec(
+        "task_memory_worker_limit_bytes", "gauge", "bytes", (),
+        "The smallest memory limit of the connected workers; absent where none has one.",
+        _SCHEDULER,
+    ),
+    MetricSpec(
+        "task_memory_killed_tasks", "counter", "", (*_PREFIX, "cause"),
+        "Tasks that were executing when their worker died, by cause: memory (known to be), "
+        "signal (seen by the nanny), lost (all else).",
+        _SCHEDULER,
+    ),
+    MetricSpec(
+        "task_memory_killed_last_peak_bytes", "gauge", "bytes", _PREFIX,
+        "Last peak of the process that was seen before the latest kill of this prefix.",
+        _SCHEDULER,
+    ),
+    MetricSpec(
+        "task_memory_killed_last_timestamp_seconds", "gauge", "seconds", _PREFIX,
+        "When the latest kill of this prefix was, in seconds since the epoch.",
+        _SCHEDULER,
+    ),
+    MetricSpec(
+        "task_memory_last_report_timestamp_seconds", "gauge", "seconds", (),
+        "Last heartbeat of any measured worker, in seconds since the epoch; absent before one.",
         _SCHEDULER,
     ),
 )  # fmt: skip

@@ -7,6 +7,7 @@ Does not cover: whether a path can be written or a source works here; who uses i
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ DEFAULT_TRIM_SHARE = 0.05
 
 #: A worker's own value of these wins over the scheduler's: they say how to measure, and the
 #: machine decides that. All else (prefixes, rows) must be the same in a whole cluster.
-WORKER_KEYS = frozenset({"source", "kernel-reset", "trim"})
+WORKER_KEYS = frozenset({"source", "kernel-reset", "trim", "flight-directory"})
 
 
 class ConfigError(ValueError):
@@ -52,6 +53,9 @@ class Settings:
     source: str
     kernel_reset: bool
     trim: float
+    flight_directory: str | None
+    prefixes_allow: tuple[str, ...] | None
+    prefixes_deny: tuple[str, ...]
     max_prefixes: int
     maximum_window: float
     buckets: tuple[int, ...]
@@ -90,6 +94,11 @@ class Settings:
                 for key, value in values.items()
             }
         )
+
+    def wants(self, prefix: str) -> bool:
+        """Return whether a prefix may have a label of its own."""
+        allowed = self.prefixes_allow is None or _matches(prefix, self.prefixes_allow)
+        return allowed and not _matches(prefix, self.prefixes_deny)
 
 
 def explicit() -> dict[str, Any]:
@@ -170,6 +179,18 @@ def _share(key: str, value: object) -> float:
     return float(value)
 
 
+def _patterns(key: str, value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+        raise ConfigError(f"{key}: {value!r} is not a list of patterns such as ['sum*', 'mean-*']")
+    return tuple(value)
+
+
+def _matches(prefix: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(prefix, pattern) for pattern in patterns)
+
+
 def _prefixes(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10_000:
         raise ConfigError(f"{key}: {value!r} is not a whole number from 1 to 10000")
@@ -210,7 +231,7 @@ def _buckets(key: str, value: object) -> tuple[int, ...]:
 
 
 #: Keys that hold keys.
-_SECTIONS = frozenset({"csv"})
+_SECTIONS = frozenset({"csv", "prefixes"})
 
 _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "csv.path": _path,
@@ -218,6 +239,9 @@ _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "source": _one_of("auto", "kernel", "polling"),
     "kernel-reset": _boolean,
     "trim": _share,
+    "flight-directory": _path,
+    "prefixes.allow": _patterns,
+    "prefixes.deny": lambda key, value: _patterns(key, value) or (),
     "max-prefixes": _prefixes,
     "maximum-window": _seconds,
     "buckets": _buckets,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 #: Values of the label ``stage``.
 STAGES = ("start", "stop", "record", "send", "aggregate", "render", "csv", "export")
@@ -44,6 +46,7 @@ class Health:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.dropped = dict.fromkeys(DROP_REASONS, 0)
         self._logged: set[tuple[str, str]] = set()
+        self._told: dict[str, dict[str, float]] = {}
 
     def guard(self, stage: str) -> _Guard:
         """Return a context that times its body and swallows, counts and logs its errors."""
@@ -65,6 +68,28 @@ class Health:
                 error,
                 exc_info=self.logger.isEnabledFor(logging.DEBUG),
             )
+
+    def rises(self) -> dict[str, dict[str, float]]:
+        """Return what has risen since the last call, by counter; empty where nothing has."""
+        rises: dict[str, dict[str, float]] = {}
+        with self._lock:
+            for name in ("errors", "seconds", "dropped"):
+                counts: dict[str, float] = getattr(self, name)
+                told = self._told.setdefault(name, {})
+                risen = {k: v - told.get(k, 0) for k, v in counts.items() if v > told.get(k, 0)}
+                told.update({k: counts[k] for k in risen})
+                if risen:
+                    rises[name] = risen
+        return rises
+
+    def add(self, rises: Mapping[str, Mapping[str, float]]) -> None:
+        """Add what another process's counters have risen by; unknown names are left out."""
+        with self._lock:
+            for name in ("errors", "seconds", "dropped"):
+                counts: dict[str, Any] = getattr(self, name)
+                for key, rise in rises.get(name, {}).items():
+                    if key in counts:
+                        counts[key] += rise
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count records that are lost."""

@@ -48,13 +48,7 @@ def install(target: Any = None, csv_path: str | os.PathLike[str] | None = None) 
         The scheduler's environment lacks this package.
     """
     if target is None:
-        try:
-            target = default_client()
-        except ValueError:
-            raise ValueError(
-                "install() found no Dask client; create distributed.Client(...) first, or give it "
-                "a Client, a Cluster or a Scheduler"
-            ) from None
+        target = default_target()
     csv_path = None if csv_path is None else os.fspath(csv_path)
     if isinstance(target, Cluster):
         scheduler = getattr(target, "scheduler", None)
@@ -68,6 +62,24 @@ def install(target: Any = None, csv_path: str | os.PathLike[str] | None = None) 
     raise TypeError(
         f"install() takes a distributed Client, Cluster or Scheduler, or nothing; got {target!r}"
     )
+
+
+def default_target() -> Client:
+    """Return the default client.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    try:
+        client: Client = default_client()
+    except ValueError:
+        raise ValueError(
+            "there is no Dask client; create distributed.Client(...) first, or give a Client, a "
+            "Cluster or a Scheduler"
+        ) from None
+    return client
 
 
 def _in_process(scheduler: Scheduler, csv_path: str | None) -> Awaitable[None] | None:

@@ -36,8 +36,18 @@ class Member(Protocol):
     def memory_limit(self) -> int | None:
         """Return the worker's memory limit in bytes; None where there is none."""
 
+    @property
+    def heard(self) -> bool:
+        """Whether the scheduler shows everything for the whole cluster."""
+
     def measured_by(self, measuring: Process) -> None:
         """Hear whose part this worker is from now on."""
+
+    def flush(self) -> None:
+        """Add what has been counted to the aggregate."""
+
+    def note(self, open_brackets: Iterable[Bracket]) -> None:
+        """Note how high tasks are; from the sampler's thread, every 10 ms while one runs."""
 
 
 class Process:
@@ -52,7 +62,7 @@ class Process:
         source, why = choose(settings.source, kernel_reset=settings.kernel_reset)
         self.source_name = source.name
         heap = Heap(settings.trim)
-        self.tracker = Tracker(source, heap)
+        self.tracker = Tracker(source, heap, on_look=self._note)
         main = threading.main_thread()
         if main is not threading.current_thread():
             # The event loop, which calls this, is not the main thread: user code may run there.
@@ -62,12 +72,17 @@ class Process:
             bounds=settings.buckets,
             max_prefixes=settings.max_prefixes,
             maximum_window=settings.maximum_window,
+            wanted=settings.wants,
         )
         self.members: list[Member] = []
         logger.info("dask-memusage %s: source %s; %s", __version__, source.name, why)
         if heap.unknown is not None:
             logger.info("dask-memusage: the heap cannot be asked (%s)", heap.unknown)
         prometheus.add(self)
+
+    def _note(self, open_brackets: Iterable[Bracket]) -> None:
+        for member in self.members:
+            member.note(open_brackets)
 
     def open(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, see :meth:`Tracker.start`, and note what all workers here have moved."""
@@ -90,10 +105,15 @@ class Process:
 
     def collect(self) -> Iterable[Metric]:
         """Return the worker's metric families; see ``catalog``."""
+        for member in self.members:
+            member.flush()
+        mode = self.settings.worker_metrics
+        if mode == "auto":
+            mode = "totals" if all(member.heard for member in self.members) else "full"
         limits = [limit for member in self.members if (limit := member.memory_limit())]
         return prometheus.worker_families(
             namespace=prometheus_namespace(),
-            mode=self.settings.worker_metrics,
+            mode=mode,
             aggregate=self.aggregate,
             memory_limit=min(limits, default=None),
         )

@@ -1,7 +1,7 @@
-"""The scheduler's side: puts the bootstrap on every worker and takes their records in.
+"""The scheduler's side: puts the bootstrap on every worker and takes in what they report.
 
-Covers: workers that are there and that come later, rows for the CSV, how many workers are measured.
-Does not cover: the cluster's histograms; each worker shows its own.
+Covers: workers that are there and that come later, the whole cluster's counts, kills, single
+records for sinks, how many workers are measured.
 
 The state lives in ``scheduler.extensions["memusage"]``: a plugin that is registered again finds it.
 """
@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 from prometheus_client import Metric
 
-from dask_memusage_exporter import __version__, catalog
+from dask_memusage_exporter import __version__, catalog, http
+from dask_memusage_exporter.aggregate import Aggregate
 from dask_memusage_exporter.bootstrap import ByValue
 from dask_memusage_exporter.config import ConfigError, Settings, explicit, prometheus_namespace
+from dask_memusage_exporter.deaths import Deaths, Kill, Kills, describe, to_record
 from dask_memusage_exporter.exporters import RecordSink, prometheus
 from dask_memusage_exporter.exporters.csv_file import CsvFile
+from dask_memusage_exporter.exporters.recordings import START_OP, STOP_OP, RecordingSink
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.records import from_row
-from dask_memusage_exporter.worker import EXTENSION, RECORDS_OP
+from dask_memusage_exporter.reporter import BATCH_OP, GOODBYE_OP, HELLO_OP, RECORDS_OP
+from dask_memusage_exporter.worker import EXTENSION
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -35,17 +40,37 @@ logger = logging.getLogger("distributed.scheduler.memusage")
 class SchedulerAgent:
     """One scheduler's measurement. Made by :func:`prepare`."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, settings: Settings) -> None:
         self.scheduler = scheduler
         self.health = Health("scheduler")
         self.sinks: list[RecordSink] = []
+        self.aggregate = Aggregate(
+            bounds=settings.buckets,
+            max_prefixes=settings.max_prefixes,
+            maximum_window=settings.maximum_window,
+            wanted=settings.wants,
+        )
+        self.kills = Kills(self.aggregate)
+        self.deaths = Deaths(scheduler, on_kill=self._on_kill, on_wreck=self._on_wreck)
+        #: Records that each living worker has reported in batches, by incarnation.
+        self._received: dict[str, int] = {}
+        self._recordings: dict[str, RecordingSink] = {}
         self._flush_waits = False
+        self._last_report: float | None = None
 
     def start(self) -> None:
         """Take the scheduler over."""
         self.scheduler.extensions[EXTENSION] = self
         # For the scheduler's life: an operation that it does not know closes a worker's stream.
         self.scheduler.stream_handlers[RECORDS_OP] = self.handle_records
+        self.scheduler.stream_handlers[BATCH_OP] = self.handle_batch
+        self.scheduler.stream_handlers[HELLO_OP] = self.handle_hello
+        self.scheduler.stream_handlers[GOODBYE_OP] = self.handle_goodbye
+        self.scheduler.handlers[START_OP] = self.start_recording
+        self.scheduler.handlers[STOP_OP] = self.stop_recording
+        self.scheduler.add_plugin(_Events(self.deaths), name=_Events.name)
+        with self.health.guard("render"):
+            http.add_routes(self.scheduler)
         prometheus.add(self)
         logger.info("dask-memusage %s: measuring this scheduler's cluster", __version__)
 
@@ -68,14 +93,88 @@ class SchedulerAgent:
 
     async def push(self) -> None:
         """Put the bootstrap on every worker that is there or will come."""
-        settings = {key: value for key, value in explicit().items() if not key.startswith("csv.")}
-        plugin = dumps(ByValue({"settings": settings, "rows": bool(self.sinks)}))
+        plugin = dumps(ByValue(self._options()))
         # What Scheduler.register_worker_plugin does, which gives up at the first worker that
         # leaves while it is told: the others must be waited for.
         self.scheduler.worker_plugins[ByValue.name] = plugin
         await self.scheduler.broadcast(
             msg={"op": "plugin-add", "plugin": plugin, "name": ByValue.name}, on_error="ignore"
         )
+
+    def _options(self) -> dict[str, Any]:
+        """Return what the workers must know; the CSV is none of their business."""
+        return {
+            "settings": {k: v for k, v in explicit().items() if not k.startswith("csv.")},
+            "listens": self.scheduler.id,
+            "rows": bool(self.sinks),
+        }
+
+    def handle_batch(
+        self,
+        worker: str = "",
+        incarnation: str | None = None,
+        records: int = 0,
+        buckets: int = 0,
+        prefixes: Iterable[Any] = (),
+        health: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add a worker's counts to the cluster's; runs on the event loop and never raises."""
+        with self.health.guard("aggregate"):
+            if incarnation is not None:
+                self._received[incarnation] = self._received.get(incarnation, 0) + records
+            self.health.add(health or {})
+            if buckets != len(self.aggregate.bounds):
+                self.health.drop("invalid", records)
+                raise ValueError(
+                    f"worker {worker} counts in {buckets} buckets and not "
+                    f"{len(self.aggregate.bounds)}; restart it, to take the scheduler's settings"
+                )
+            self.aggregate.add(prefixes)
+
+    def handle_hello(self, worker: str = "", home: Any = None, **_: Any) -> None:
+        """Take note of a worker that reports."""
+        with self.health.guard("record"):
+            self.deaths.hello(worker, home or {})
+
+    def handle_goodbye(self, worker: str = "", **_: Any) -> None:
+        """Take note of a worker that ends in order."""
+        with self.health.guard("record"):
+            incarnation = self.deaths.goodbye(worker)
+            self._received.pop(incarnation or "", None)
+
+    async def start_recording(self) -> str:
+        """Keep all records from now on; return the token to fetch them by. Called by a client."""
+        token = uuid.uuid4().hex
+        self._recordings[token] = RecordingSink()
+        self.add_sink(self._recordings[token])
+        await self.push()
+        return token
+
+    async def stop_recording(self, token: str) -> tuple[list[tuple[Any, ...]], int]:
+        """Return the records kept and how many were left out. Called by a client."""
+        sink = self._recordings.pop(token)
+        self.sinks.remove(sink)
+        await self.push()
+        return sink.records, sink.left_out
+
+    def _on_kill(self, kill: Kill) -> None:
+        self.kills.count(kill)
+        line = describe(kill)
+        logger.warning("dask-memusage: %s", line)
+        record = to_record(kill)
+        for sink in self.sinks:
+            sink.write(record)
+        self._flush()
+        self.scheduler.log_event(
+            EXTENSION, {"action": "killed", "message": line, **kill._asdict(), "key": str(kill.key)}
+        )
+
+    def _on_wreck(self, incarnation: str, observed: int) -> None:
+        """Count what a dead worker had measured and could not report any more."""
+        lost = observed - self._received.pop(incarnation, 0)
+        if lost > 0:
+            self.health.drop("worker_gone", lost)
 
     def handle_records(self, rows: object = (), worker: str = "", **_: Any) -> None:
         """Take records in from a worker's stream; runs on the event loop and never raises."""
@@ -103,14 +202,28 @@ class SchedulerAgent:
 
     def collect(self) -> Iterable[Metric]:
         """Return the scheduler's metric families; see ``catalog``."""
+        self.kills.learn(self.scheduler.task_prefixes)
         workers = dict.fromkeys(catalog.SOURCES, 0)
+        limits, reports = [], []
         # In one step: another cluster of this process may ask, from its own event loop.
         for state in list(dict.values(self.scheduler.workers)):
             said = state.metrics.get(EXTENSION)
+            # A worker that has just joined has said hello, and its heartbeat is on its way.
             source = said.get("source") if isinstance(said, dict) else None
+            source = source or self.deaths.source_of(state.address)
             workers[source if source in workers else "missing"] += 1
+            if state.memory_limit:
+                limits.append(state.memory_limit)
+            if source in workers and source != "missing":
+                reports.append(state.last_seen)
+        self._last_report = max(reports, default=self._last_report)
         return prometheus.scheduler_families(
-            namespace=prometheus_namespace(), workers_by_source=workers
+            namespace=prometheus_namespace(),
+            aggregate=self.aggregate,
+            workers_by_source=workers,
+            killed=self.kills.snapshot(),
+            worker_limit=min(limits, default=None),
+            last_report=self._last_report,
         )
 
     def collect_health(self) -> Iterable[Metric]:
@@ -122,8 +235,21 @@ class SchedulerAgent:
     def teardown(self) -> None:
         """Let everything go; ``Scheduler.close`` calls this on all extensions."""
         prometheus.remove(self)
+        self.deaths.close()
         while self.sinks:
             self.sinks.pop().close()
+
+
+class _Events(SchedulerPlugin):
+    """Hears the scheduler's events: workers that are removed, and the nannies' memory kills."""
+
+    name = f"{EXTENSION}-events"
+
+    def __init__(self, deaths: Deaths) -> None:
+        self._deaths = deaths
+
+    def log_event(self, topic: str, msg: Any) -> None:
+        self._deaths.event(topic, msg)
 
 
 class MemusageSchedulerPlugin(SchedulerPlugin):
@@ -154,9 +280,10 @@ class MemusageSchedulerPlugin(SchedulerPlugin):
         OSError
             The CSV file cannot be written.
         """
-        await prepare(scheduler, self.csv_path).push()
+        agent = prepare(scheduler, self.csv_path)
         # Registered again: the state is kept, only the plugin object is replaced.
         scheduler.plugins.pop(self.name, None)
+        await agent.push()
 
 
 def prepare(
@@ -179,7 +306,7 @@ def prepare(
     """
     settings = Settings.load()
     known = scheduler.extensions.get(EXTENSION)
-    agent = known if isinstance(known, SchedulerAgent) else SchedulerAgent(scheduler)
+    agent = known if isinstance(known, SchedulerAgent) else SchedulerAgent(scheduler, settings)
     path = csv_path or settings.csv_path
     if path is not None:
         try:

@@ -1,7 +1,7 @@
 """The worker's side: wires seam, tracker and records together.
 
 Covers: every execution that starts on this worker, on its own thread or not; what else the worker
-moves meanwhile; sending records to the scheduler where somebody listens.
+moves meanwhile; telling the scheduler, where it listens, by its reporter.
 Does not cover: tasks that were running before us, and tasks that fail before they start (an
 unknown executor, inputs that cannot be read back): nothing of theirs ran.
 
@@ -12,7 +12,7 @@ tears a plugin of the same name down and replaces it, and running tasks must kee
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from threading import get_ident
@@ -26,7 +26,8 @@ from dask_memusage_exporter.bootstrap import Bootstrap, ByValue
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.measure import threads
 from dask_memusage_exporter.measure.tracker import Bracket, Look, Window
-from dask_memusage_exporter.records import TaskMemory, to_row
+from dask_memusage_exporter.records import TaskMemory
+from dask_memusage_exporter.reporter import Reporter
 from dask_memusage_exporter.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("distributed.worker.memusage")
 
 EXTENSION = "memusage"
-
-#: The operation under which records travel; the scheduler must know it (see ``scheduler``).
-RECORDS_OP = "memusage-records"
 
 #: States in which a task runs, or ran until just now.
 _RUNNING = frozenset({"executing", "long-running", "cancelled", "resumed"})
@@ -55,8 +53,8 @@ class WorkerAgent:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.traffic = Traffic(worker)
-        #: Whether the scheduler listens for records.
-        self.rows = False
+        #: Tells the scheduler; see :class:`reporter.Reporter`.
+        self.reporter = Reporter(worker)
         #: Whether a plugin stands for us on the worker.
         self._owned = False
         self._process: process.Process | None = None
@@ -82,9 +80,9 @@ class WorkerAgent:
         Parameters
         ----------
         options
-            What the scheduler has said, by the bootstrap: ``settings`` (its explicit settings)
-            and ``rows`` (whether it listens for records). Unknown ones are ignored: its version may
-            be newer than ours.
+            What the scheduler has said, by the bootstrap: ``settings`` (its explicit settings),
+            ``listens`` (its id, if it takes what the reporter sends) and ``rows`` (whether it wants
+            single records too). Unknown ones are ignored: its version may be newer than ours.
 
         Raises
         ------
@@ -96,17 +94,16 @@ class WorkerAgent:
             Settings.load(options.get("settings")) if first or "settings" in options else None
         )
         self._owned = True
-        if "rows" in options:
-            self.rows = bool(options["rows"])
         if settings is not None:
             process.join(self, settings)
+        if self._process is not None:
+            self.reporter.listen(options, self._process)
         self.worker.metrics[EXTENSION] = self._heartbeat
 
     def deactivate(self) -> None:
         """Stop measuring until activated again. What runs goes on unmeasured; counters stand."""
         measuring, self._process = self._process, None
         if measuring is not None:
-            self.worker.metrics.pop(EXTENSION, None)
             # Those on threads of their own are closed there: until then they do overlap others.
             for bracket in self._without_thread.values():
                 if bracket is not None:
@@ -125,15 +122,18 @@ class WorkerAgent:
     def close(self) -> None:
         """Let everything go; ``Worker.close`` calls this on all extensions."""
         self.deactivate()
+        self.reporter.goodbye()
         process.leave(self)
 
-    def _heartbeat(self, _: Worker) -> dict[str, str]:
+    def _heartbeat(self, _: Worker) -> dict[str, Any]:
         from dask_memusage_exporter import __version__
 
         measuring = self._process
+        on_threads = [opened[0] for opened in list(self._by_thread.values())]
         return {
             "source": measuring.source_name if measuring is not None else "missing",
             "version": __version__,
+            "running": self.reporter.running([*on_threads, *self._without_thread.values()]),
         }
 
     def _watch_offload(self) -> None:
@@ -159,6 +159,19 @@ class WorkerAgent:
         """Return the worker's memory limit in bytes, or None."""
         return self.worker.memory_manager.memory_limit
 
+    @property
+    def heard(self) -> bool:
+        """Whether the scheduler shows everything for the whole cluster."""
+        return self.reporter.heard
+
+    def flush(self) -> None:
+        """Add what has been counted to the process's aggregate, and tell the scheduler."""
+        self.reporter.flush()
+
+    def note(self, open_brackets: Iterable[Bracket]) -> None:
+        """Note in the flight file how high tasks are."""
+        self.reporter.note(open_brackets)
+
     # -- seam.Listener: on the task's own thread -----------------------------------------
 
     def on_start(self, thread: int, key: Key) -> None:
@@ -182,6 +195,7 @@ class WorkerAgent:
                 else _actor_call(thread),
             )
             if bracket is not None:
+                bracket.tag = self.reporter.slot(key)
                 self._by_thread[thread] = (bracket, measuring, is_task)
         except Exception as error:
             measuring.health.error("start", error)
@@ -238,10 +252,14 @@ class WorkerAgent:
     def _begins(self, measuring: process.Process, key: Key) -> None:
         """Look before a task; open a bracket here for what has no thread of its own."""
         self._before[key] = measuring.tracker.look()
+        slot = self.reporter.begins(key)
         if self._seam_fault is not None or not self._has_thread(key):
             brackets = self._without_thread
             brackets[key] = None  # it is asked from now on whether this one runs
-            brackets[key] = measuring.open(None, lambda: key in brackets)
+            bracket = measuring.open(None, lambda: key in brackets)
+            if bracket is not None:
+                bracket.tag = slot
+            brackets[key] = bracket
 
     def _has_thread(self, key: Key) -> bool:
         task = self.worker.state.tasks[key]
@@ -259,6 +277,7 @@ class WorkerAgent:
         bare = self._without_thread.pop(key, None)
         if bare is not None and measuring.shut(bare) and self._has_run(key, bare):
             bracket = bracket or bare
+        self.reporter.ends(key)
         if bracket is None or before is None:
             if finish == "memory" and before is None:
                 self.traffic.arrived += self._nbytes(key)  # came over while it was wanted here
@@ -271,11 +290,8 @@ class WorkerAgent:
         window = measuring.tracker.settle(bracket, before, measuring.tracker.look())
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
         record = self._record(key, window, status)
-        with measuring.health.guard("aggregate"):
-            measuring.aggregate.observe(record)
-        if self.rows:
-            with measuring.health.guard("send"):
-                self._send(measuring, record)
+        with measuring.health.guard("send"):
+            self.reporter.report(record)
         while len(self._closed) > _MOST_CLOSED:
             lost = next(iter(self._closed))
             del self._closed[lost]
@@ -300,14 +316,6 @@ class WorkerAgent:
             status,
             task.span_id if task is not None else None,
         )
-
-    def _send(self, measuring: process.Process, record: TaskMemory) -> None:
-        """Send a record ahead of the task-finished message, on the same ordered stream."""
-        stream = self.worker.batched_stream
-        if stream is None or stream.comm is None or stream.comm.closed():
-            measuring.health.drop("disconnected")  # Worker.batched_send would say nothing
-            return
-        self.worker.batched_send({"op": RECORDS_OP, "rows": [to_row(record)]})
 
     def _nbytes(self, key: Key) -> int:
         task = self.worker.state.tasks.get(key)

@@ -18,6 +18,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+# Before Dask reads its environment, here and in every process that is started: workers' own pages
+# are a test's witness of what each has counted. Where the default is tested it is set there.
+os.environ["DASK_MEMUSAGE__WORKER_METRICS"] = "full"
+
 import dask
 import pytest
 from distributed import Client, LocalCluster

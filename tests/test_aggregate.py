@@ -11,6 +11,7 @@ from dask_memusage_exporter.aggregate import (
     LABEL_LENGTH,
     OVERFLOW,
     Aggregate,
+    Batch,
     Histogram,
     SlidingMaximum,
     totals,
@@ -70,6 +71,13 @@ def aggregate(clock: Clock, max_prefixes: int = 40) -> Aggregate:
     )
 
 
+def count(tasks: Aggregate, one: TaskMemory) -> None:
+    """Count a record as a batch of its own."""
+    batch = Batch(tasks.bounds)
+    batch.observe(one)
+    tasks.add(batch.take())
+
+
 def test_the_default_bounds_are_the_contracts() -> None:
     """1 and 1.5 times 2^k MiB, from 1 MiB to 256 GiB: 37, and infinity makes 38."""
     assert len(DEFAULT_BUCKETS) == 37
@@ -80,17 +88,57 @@ def test_the_default_bounds_are_the_contracts() -> None:
 
 def test_a_value_on_a_bound_is_in_its_bucket() -> None:
     """``le`` is less or equal; what is beyond the last bound is in infinity's alone."""
-    histogram = Histogram((10, 20, 40))
+    histogram = Histogram()
     for value in (0, 10, 11, 20, 21, 40, 41):
-        histogram.observe(value)
-    assert histogram.snapshot() == ([2, 4, 6, 7], 143)
+        histogram.observe(value, (10, 20, 40))
+    assert histogram.snapshot(4) == ([2, 4, 6, 7], 143)
+
+
+def test_a_batch_adds_up_to_the_same_as_its_records(clock: Clock) -> None:
+    """However records are cut into batches, and by whatever worker: sums, counts and maxima."""
+    one, many = aggregate(clock), aggregate(clock)
+    batches = [Batch(one.bounds), Batch(one.bounds)]
+    for number in range(100):
+        record_ = record(f"p{number % 3}", peak=number, growth=number if number % 2 else None)
+        count(one, record_)
+        batches[number % 2].observe(record_)
+        if number % 17 == 0:
+            many.add(batches[number % 2].take())
+    for batch in batches:
+        many.add(batch.take())
+        assert batch.take() == []
+    assert sorted(many.snapshot()) == sorted(one.snapshot())
+
+
+def test_a_batch_of_keys_that_are_all_prefixes_is_bounded(clock: Clock) -> None:
+    """Whoever makes a prefix of every key fills no memory: the rest are the overflow's."""
+    batch = Batch((10,))
+    for number in range(3 * Batch.most_prefixes):
+        batch.observe(record(f"p{number}"))
+    taken = dict(batch.take())
+    assert len(taken) == Batch.most_prefixes + 1
+    tasks = aggregate(clock)
+    tasks.add(taken.items())
+    assert sum(sum(one.tasks.values()) for one in tasks.snapshot()) == 3 * Batch.most_prefixes
+
+
+def test_scopes_of_another_version_are_counted_in_the_histograms(clock: Clock) -> None:
+    """A worker may know a scope that we do not: its peaks count, its scope is left out."""
+    batch = Batch((10, 20, 40))
+    batch.observe(record("x", peak=15))
+    ((label, (peak, growth, inputs, _, largest)),) = batch.take()
+    tasks = aggregate(clock)
+    tasks.add([(label, (peak, growth, inputs, (("thread", 1),), largest, "more"))])
+    (x,) = tasks.snapshot()
+    assert x.peak.cumulative[-1] == 1
+    assert set(x.tasks.values()) == {0}
 
 
 def test_growth_counts_only_where_it_is_the_tasks_own(clock: Clock) -> None:
     """A shared record is in the peaks and in its scope's counter, and in no growth."""
     tasks = aggregate(clock)
-    tasks.observe(record("x", peak=15, growth=5))
-    tasks.observe(record("x", peak=30))
+    count(tasks, record("x", peak=15, growth=5))
+    count(tasks, record("x", peak=30))
     (x,) = tasks.snapshot()
     assert x.peak == ([0, 1, 2, 2], 45)
     assert x.growth == ([1, 1, 1, 1], 5)
@@ -105,7 +153,7 @@ def test_prefixes_beyond_the_cap_count_together(
     tasks = aggregate(clock, max_prefixes=2)
     with caplog.at_level(logging.WARNING):
         for prefix in ("a", "b", "c", "d", "a", "c"):
-            tasks.observe(record(prefix, peak=1))
+            count(tasks, record(prefix, peak=1))
     assert {one.label: sum(one.tasks.values()) for one in tasks.snapshot()} == {
         "a": 2,
         "b": 1,
@@ -121,9 +169,9 @@ def test_prefixes_beyond_the_cap_count_together(
 def test_a_prefix_named_like_the_overflow_is_part_of_it(clock: Clock) -> None:
     """Nobody can take the name, and it takes nobody's place."""
     tasks = aggregate(clock, max_prefixes=1)
-    tasks.observe(record(OVERFLOW))
-    tasks.observe(record("a"))
-    tasks.observe(record(OVERFLOW))
+    count(tasks, record(OVERFLOW))
+    count(tasks, record("a"))
+    count(tasks, record(OVERFLOW))
     assert tasks.own_labels == 1
     assert tasks.overflow_tasks == 2
 
@@ -132,8 +180,8 @@ def test_labels_are_bounded_and_can_be_encoded(clock: Clock) -> None:
     """A prefix of 10 kB is cut; a lone surrogate would make the whole page fail."""
     tasks = aggregate(clock)
     for prefix in ("x" * 10_000, "x" * 10_001, "bad\udcff"):
-        tasks.observe(record(prefix))
-        tasks.observe(record(prefix))
+        count(tasks, record(prefix))
+        count(tasks, record(prefix))
     labels = {one.label: sum(one.tasks.values()) for one in tasks.snapshot()}
     assert labels == {"x" * LABEL_LENGTH: 4, "bad?": 2}
     assert tasks.own_labels == 2
@@ -157,11 +205,11 @@ def test_maxima_slide(clock: Clock) -> None:
 def test_reading_a_maximum_changes_nothing(clock: Clock) -> None:
     """Two Prometheus servers may scrape: each sees the same."""
     tasks = aggregate(clock)
-    tasks.observe(record("x", peak=30, growth=7))
+    count(tasks, record("x", peak=30, growth=7))
     first = tasks.snapshot()
     assert tasks.snapshot() == first
     assert (first[0].peak_maximum, first[0].growth_maximum) == (30, 7)
-    tasks.observe(record("x", peak=20, growth=9))
+    count(tasks, record("x", peak=20, growth=9))
     assert (tasks.snapshot()[0].peak_maximum, tasks.snapshot()[0].growth_maximum) == (30, 9)
     clock.now += 2 * WINDOW
     assert (tasks.snapshot()[0].peak_maximum, tasks.snapshot()[0].growth_maximum) == (None, None)
@@ -179,7 +227,7 @@ def test_totals_add_up(clock: Clock) -> None:
     """Over all labels, bucket by bucket."""
     tasks = aggregate(clock, max_prefixes=1)
     for prefix, growth in (("a", 5), ("b", 15), ("c", None)):
-        tasks.observe(record(prefix, peak=30, growth=growth))
+        count(tasks, record(prefix, peak=30, growth=growth))
     peak, growth, by_scope = totals(tasks.snapshot(), tasks.bounds)
     assert peak == ([0, 0, 3, 3], 90)
     assert growth == ([1, 2, 2, 2], 20)
@@ -192,12 +240,12 @@ def test_snapshots_are_consistent_while_others_count(clock: Clock) -> None:
     tasks = aggregate(clock)
     begun = threading.Barrier(4)
 
-    def count(letter: str) -> None:
+    def count_all(letter: str) -> None:
         begun.wait()
         for i in range(5000):
-            tasks.observe(record(f"{letter}{i % 20}", peak=i, growth=i % 50))
+            count(tasks, record(f"{letter}{i % 20}", peak=i, growth=i % 50))
 
-    threads = [threading.Thread(target=count, args=(letter,)) for letter in "abc"]
+    threads = [threading.Thread(target=count_all, args=(letter,)) for letter in "abc"]
     for thread in threads:
         thread.start()
     begun.wait()

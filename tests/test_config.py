@@ -6,7 +6,7 @@ import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ from dask_memusage_exporter.config import (
     explicit,
     prometheus_namespace,
 )
+
+
+@pytest.fixture(autouse=True)
+def as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is set but what a test sets."""
+    monkeypatch.delenv("DASK_MEMUSAGE__WORKER_METRICS")
+    with dask.config.set({"memusage": {}}):
+        yield
 
 
 def _resource(name: str) -> Any:
@@ -80,6 +88,9 @@ def test_the_defaults_are_the_yamls() -> None:
         maximum_window=600.0,
         buckets=DEFAULT_BUCKETS,
         worker_metrics="auto",
+        flight_directory=None,
+        prefixes_allow=None,
+        prefixes_deny=(),
     )
     with dask.config.set(DEFAULTS):  # all of it, said explicitly
         assert Settings.load() == settings
@@ -132,6 +143,11 @@ GOOD: list[tuple[str, object, str, object]] = [
     ("buckets", None, "buckets", DEFAULT_BUCKETS),
     ("buckets", ["1MiB", "1GiB"], "buckets", (MIB, 1024 * MIB)),
     ("buckets", [1, 2.0, "3kB"], "buckets", (1, 2, 3000)),
+    ("flight-directory", "/var/lib/x", "flight_directory", "/var/lib/x"),
+    ("prefixes.allow", ["a*", "b"], "prefixes_allow", ("a*", "b")),
+    ("prefixes.allow", [], "prefixes_allow", ()),
+    ("prefixes.deny", ["a"], "prefixes_deny", ("a",)),
+    ("prefixes.deny", None, "prefixes_deny", ()),
     ("worker-metrics", "auto", "worker_metrics", "auto"),
     ("worker-metrics", "full", "worker_metrics", "full"),
     ("worker-metrics", "totals", "worker_metrics", "totals"),
@@ -184,6 +200,9 @@ BAD: list[tuple[str, object, str]] = [
     ("buckets", [None], "is not a list of 1 to 200 rising sizes above 0"),
     ("buckets", [""], "is not a list of 1 to 200 rising sizes above 0"),
     ("buckets", "1MiB", "is not a list of 1 to 200 rising sizes above 0"),
+    ("flight-directory", "", "is not a file's path"),
+    ("prefixes.allow", "a*", "is not a list of patterns such as ['sum*', 'mean-*']"),
+    ("prefixes.deny", [1], "is not a list of patterns"),
     ("worker-metrics", "on", "is not one of auto, full, totals, off"),
     ("worker-metrics", True, "is not one of auto, full, totals, off"),
     ("worker-metrics", ["full"], "is not one of auto, full, totals, off"),
@@ -279,6 +298,9 @@ def test_settings_from_the_environment(tmp_path: Path) -> None:
             "DASK_MEMUSAGE__SOURCE": "polling",
             "DASK_MEMUSAGE__KERNEL_RESET": "false",
             "DASK_MEMUSAGE__TRIM": "0.1",
+            "DASK_MEMUSAGE__FLIGHT_DIRECTORY": "a/volume",
+            "DASK_MEMUSAGE__PREFIXES__ALLOW": "['a*', 'b']",
+            "DASK_MEMUSAGE__PREFIXES__DENY": "['ab']",
             "DASK_MEMUSAGE__MAX_PREFIXES": "7",
             "DASK_MEMUSAGE__MAXIMUM_WINDOW": "5m",
             "DASK_MEMUSAGE__BUCKETS": "['1MiB', '2MiB']",
@@ -288,7 +310,8 @@ def test_settings_from_the_environment(tmp_path: Path) -> None:
     )
     assert settings.strip() == (
         "Settings(csv_path='from/the/environment.csv', csv_columns='full', source='polling', "
-        "kernel_reset=False, trim=0.1, max_prefixes=7, maximum_window=300.0, "
+        "kernel_reset=False, trim=0.1, flight_directory='a/volume', prefixes_allow=('a*', 'b'), "
+        "prefixes_deny=('ab',), max_prefixes=7, maximum_window=300.0, "
         "buckets=(1048576, 2097152), worker_metrics='off')"
     )
 

@@ -75,7 +75,7 @@ def test_install_without_a_csv_counts_too(make_cluster: Any, make_client: Any) -
     run(client, "quiet")
     assert in_process_counted(cluster, "quiet") == TASKS
     for worker in cluster.workers.values():
-        assert not worker.extensions["memusage"].rows
+        assert not worker.extensions["memusage"].reporter.rows
 
 
 def test_install_is_a_drop_in_for_the_old_tool(make_cluster: Any, make_client: Any) -> None:

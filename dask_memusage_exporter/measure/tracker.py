@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dask_memusage_exporter.measure import threads
 from dask_memusage_exporter.measure.children import Children
@@ -94,6 +94,8 @@ class Bracket:
     #: See :attr:`Children.changes`, at the start and at the stop.
     changes = changes_after = 0
 
+    #: Whatever its maker wants to find again.
+    tag: Any = None
     #: The worker's number, set by whoever opens and closes: what it had moved at either end.
     foreign = foreign_after = 0
 
@@ -110,16 +112,25 @@ class Tracker:
         Where peaks come from.
     heap
         Asked before each task; None: never (then no task's growth is its own).
+    on_look
+        Called with the open brackets, peaks up to date, on the sampler's thread with the tracker
+        locked: quick, and never blocking.
     clock
         Seconds since the epoch.
     """
 
     def __init__(
-        self, source: Source, heap: Heap | None = None, clock: Callable[[], float] = time.time
+        self,
+        source: Source,
+        heap: Heap | None = None,
+        *,
+        on_look: Callable[[list[Bracket]], None] = lambda _: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._source = source
         # A number that is only sampled is never a task's own, whatever the heap holds.
         self._heap = heap if source.exact else None
+        self._on_look = on_look
         self._clock = clock
         self._children = Children()
         self._open: list[Bracket] = []
@@ -387,6 +398,7 @@ class Tracker:
                 # child holds now.
                 self._source.reset()
                 self._bury()
+                self._on_look(self._open)
         except Exception:  # the thread must live; a look that failed shows as a change
             self._children.changes += 1
         return bool(self._open)

@@ -1,0 +1,391 @@
+"""The scheduler's view of workers that die: which tasks were executing, how high, and why.
+
+When a worker goes away without having said goodbye, its flight file tells what was running. Its
+nanny reads it if it lives; else the next process that uses the same directory does and reports it
+here. Where neither comes, the last heartbeat is what is known, and it is said to be that.
+
+Covers: kills by the nanny, by the kernel, by a signal, crashes; with a nanny or without one.
+Does not cover: which of the assigned tasks was executing where no file is ever read and the task
+began after the last heartbeat. Then no task is blamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dask.typing import Key
+from dask.utils import format_bytes, key_split
+from distributed.protocol.pickle import dumps
+from distributed.protocol.serialize import Serialized, deserialize
+
+from dask_memusage_exporter import flight
+from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate
+from dask_memusage_exporter.exporters.prometheus import KilledSnapshot
+from dask_memusage_exporter.records import TaskMemory
+
+if TYPE_CHECKING:
+    from distributed import Scheduler
+    from distributed.scheduler import WorkerState
+
+logger = logging.getLogger("distributed.scheduler.memusage")
+
+#: Values of the label ``cause``.
+CAUSES = ("memory", "signal", "lost")
+
+#: Pauses in seconds between asking the nanny: the scheduler may notice a death before the process
+#: is gone and its lock with it.
+_ASKING = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0)
+#: How long to wait for the next process to report, in seconds.
+_PATIENCE = 20.0
+#: Processes that are remembered once settled, so that none is reported twice.
+_REMEMBERED = 10_000
+
+
+class Home(NamedTuple):
+    """Where the flight file of a worker is."""
+
+    directory: str
+    incarnation: str
+    nanny: str | None
+    #: The scheduler's state of the worker, with its last heartbeat.
+    state: WorkerState | None
+    #: Where its peaks come from.
+    source: str | None
+
+
+class Kill(NamedTuple):
+    """One task that was executing when its worker died."""
+
+    key: Key
+    prefix: str
+    cause: str
+    #: Of the worker that died.
+    worker: str
+    #: When the scheduler saw the death, in seconds since the epoch.
+    time: float
+    #: The last peak that was seen, in bytes, and its age at death in seconds; None: none was.
+    peak_bytes: int | None
+    peak_age: float | None
+    start: float | None
+    start_bytes: int | None
+    concurrency: int
+    #: ``flight`` (its own file) or ``heartbeat`` (the last one).
+    known_from: str
+
+
+class Kills:
+    """Counts of kills by label and cause, with the latest of each label.
+
+    Parameters
+    ----------
+    aggregate
+        Whose labels and whose cap these are.
+    """
+
+    def __init__(self, aggregate: Aggregate) -> None:
+        self._aggregate = aggregate
+        self._counts: dict[str, dict[str, int]] = {OVERFLOW: dict.fromkeys(CAUSES, 0)}
+        self._latest: dict[str, Kill] = {}
+        self._learnt = 0
+
+    def learn(self, prefixes: Collection[str]) -> None:
+        """Give labels to prefixes that the scheduler has seen, in order; it only ever adds some.
+
+        So that the counter of a prefix stands at 0 before its first kill.
+        """
+        for prefix in islice(prefixes, self._learnt, None):
+            self._of(prefix)
+        self._learnt = len(prefixes)
+
+    def count(self, kill: Kill) -> None:
+        """Count a kill."""
+        label = self._of(kill.prefix)
+        self._counts[label][kill.cause] += 1
+        self._latest[label] = kill
+
+    def snapshot(self) -> dict[str, KilledSnapshot]:
+        """Return everything, by label."""
+        snapshot = {}
+        for label, counts in list(self._counts.items()):
+            latest = self._latest.get(label)
+            snapshot[label] = KilledSnapshot(
+                dict(counts),
+                latest.peak_bytes if latest is not None else None,
+                latest.time if latest is not None else None,
+            )
+        return snapshot
+
+    def _of(self, prefix: str) -> str:
+        label = self._aggregate.label_of(prefix)
+        self._counts.setdefault(label, dict.fromkeys(CAUSES, 0))
+        return label
+
+
+class _Death:
+    def __init__(self, worker: str, home: Home, processing: set[Key]) -> None:
+        self.worker = worker
+        self.home = home
+        self.processing = processing
+        said = {} if home.state is None else home.state.metrics.get("memusage", {})
+        self.running = [flight.Flying(*one) for one in said.get("running", ())]
+        self.time = time.time()
+        self.wreck: asyncio.Future[flight.Wreck] = asyncio.get_running_loop().create_future()
+
+
+class Deaths:
+    """Watches workers come and go; calls back with each kill.
+
+    Parameters
+    ----------
+    on_kill
+        Called once for each task that was killed.
+    on_wreck
+        Called once for each file that was read, with the worker's incarnation and how many records
+        it had made.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        on_kill: Callable[[Kill], None],
+        on_wreck: Callable[[str, int], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._on_kill, self._on_wreck = on_kill, on_wreck
+        self._homes: dict[str, Home] = {}
+        self._open: dict[str, _Death] = {}
+        self._early: OrderedDict[str, flight.Wreck] = OrderedDict()
+        self._settled: OrderedDict[str, None] = OrderedDict()
+        self._memory_kills: dict[str, tuple[float, int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def hello(self, worker: str, home: Mapping[str, Any]) -> None:
+        """Take note of a worker's flight file, and of what it found of others."""
+        for raw in home.get("wrecks", ()):
+            self._found(_wreck(raw))
+        nanny = home.get("nanny")
+        self._homes[worker] = Home(
+            home["directory"],
+            # Without a file there is still the last heartbeat.
+            home.get("incarnation") or uuid.uuid4().hex,
+            nanny,
+            self._scheduler.workers.get(worker),
+            home.get("source"),
+        )
+        if nanny:
+            self._spawn(self._ask(nanny, flight.watch_nanny))
+
+    def source_of(self, worker: str) -> str | None:
+        """Return where a worker's peaks come from; None where it has not said."""
+        home = self._homes.get(worker)
+        return None if home is None else home.source
+
+    def goodbye(self, worker: str) -> str | None:
+        """Take note that a worker ends in order; return its incarnation, if it had a file."""
+        home = self._homes.pop(worker, None)
+        return None if home is None else home.incarnation
+
+    def event(self, topic: str, message: Any) -> None:
+        """Hear the scheduler's events (``SchedulerPlugin.log_event``)."""
+        if not isinstance(message, Mapping):
+            return
+        if topic == "worker-restart-memory":
+            self._memory_kills[str(message.get("worker"))] = (
+                time.time(),
+                int(message.get("rss") or 0),
+            )
+        elif topic == "all" and message.get("action") == "remove-worker":
+            worker = str(message.get("worker"))
+            home = self._homes.pop(worker, None)
+            if home is None or message.get("expected"):
+                return
+            death = _Death(worker, home, set(message.get("processing-tasks", ())))
+            self._open[home.incarnation] = death
+            self._spawn(self._settle(death))
+
+    def close(self) -> None:
+        """Ask and wait no longer."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, nanny: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in a nanny; None where it cannot be reached."""
+        try:
+            answer = await asyncio.wait_for(
+                self._scheduler.rpc(nanny).run(
+                    function=dumps(function), args=dumps(arguments), kwargs=dumps({})
+                ),
+                timeout=3,
+            )
+        except (OSError, asyncio.TimeoutError):
+            return None
+        if answer["status"] != "OK":
+            logger.debug("dask-memusage: nanny %s: %r", nanny, answer)
+            return None
+        result = answer["result"]
+        # The scheduler's connections leave values as they came.
+        if isinstance(result, Serialized):
+            result = deserialize(result.header, result.frames)
+        return result
+
+    async def _settle(self, death: _Death) -> None:
+        home = death.home
+        early = self._early.pop(home.incarnation, None)
+        if early is not None:
+            death.wreck.set_result(early)
+        for pause in _ASKING if home.nanny else ():
+            if death.wreck.done():
+                break
+            await asyncio.sleep(pause)
+            wrecks = await self._ask(
+                home.nanny,
+                flight.salvage_here,
+                home.directory,
+                self._scheduler.id,
+                home.incarnation,
+            )
+            if wrecks is None:
+                break
+            if wrecks and not death.wreck.done():
+                death.wreck.set_result(_wreck(wrecks[0]))
+        try:
+            wreck = await asyncio.wait_for(asyncio.shield(death.wreck), _PATIENCE)
+        except asyncio.TimeoutError:
+            wreck = None
+        exit_code = None
+        # The nanny hears of the exit a moment after the kernel has let the file's lock go.
+        pid = None if wreck is None else wreck.process["pid"]
+        for pause in _ASKING if home.nanny and pid is not None else ():
+            await asyncio.sleep(pause)
+            exit_code = await self._ask(home.nanny, flight.exit_code_here, pid)
+            if exit_code is not None:
+                break
+        self._open.pop(home.incarnation, None)
+        self._settled[home.incarnation] = None
+        while len(self._settled) > _REMEMBERED:
+            self._settled.popitem(last=False)
+        self._report(death, wreck, exit_code)
+
+    def _found(self, wreck: flight.Wreck) -> None:
+        """Take a wreck that the next process has read."""
+        incarnation = wreck.process["incarnation"]
+        death = self._open.get(incarnation)
+        if death is not None and not death.wreck.done():
+            death.wreck.set_result(wreck)
+        elif death is None and incarnation not in self._settled:
+            # It is back before the scheduler has noticed that it was gone.
+            self._early[incarnation] = wreck
+            while len(self._early) > _REMEMBERED:
+                self._early.popitem(last=False)
+
+    def _report(self, death: _Death, wreck: flight.Wreck | None, exit_code: int | None) -> None:
+        memory_at, memory_rss = self._memory_kills.pop(death.worker, (0.0, 0))
+        by_nanny = death.time - memory_at < 60
+        signalled = exit_code is not None and exit_code < 0
+        if by_nanny or (wreck is not None and wreck.oom_kills):
+            cause = "memory"
+        else:
+            cause = "signal" if signalled else "lost"
+        if wreck is not None:
+            self._on_wreck(death.home.incarnation, wreck.observed)
+            tasks, source = wreck.tasks, "flight"
+        else:
+            tasks, source = death.running, "heartbeat"
+        by_text = {flight.text_of(key): key for key in death.processing}
+        for task in tasks:
+            key = by_text.get(task.key, task.key)
+            if source == "heartbeat" and key not in death.processing:
+                continue  # it had ended since
+            # The nanny has seen the process's RSS last, and knows nothing of tasks: with one task
+            # it is that task's window.
+            peak, seen = task.peak_bytes, task.peak_time
+            if by_nanny and memory_rss > peak:
+                peak, seen = memory_rss, memory_at
+            self._on_kill(
+                Kill(
+                    key=key,
+                    prefix=key_split(key),
+                    cause=cause,
+                    worker=death.worker,
+                    time=death.time,
+                    peak_bytes=peak or None,
+                    peak_age=max(0.0, death.time - seen) if peak else None,
+                    start=task.start or None,
+                    start_bytes=task.start_bytes or None,
+                    concurrency=max(task.concurrency, len(tasks)),
+                    known_from=source,
+                )
+            )
+        if not tasks and death.processing:
+            logger.warning(
+                "dask-memusage: worker %s died (%s). Which of the %d tasks that were assigned to "
+                "it was executing is not known%s",
+                death.worker,
+                cause,
+                len(death.processing),
+                ": no flight file was read" if wreck is None else ": none was",
+            )
+
+
+def _wreck(raw: Sequence[Any]) -> flight.Wreck:
+    process, tasks, *rest = raw
+    return flight.Wreck(process, [flight.Flying(*task) for task in tasks], *rest)
+
+
+def describe(kill: Kill) -> str:
+    """Return a line that a person understands."""
+    why = {
+        "memory": "was killed for memory",
+        "signal": "was killed by a signal",
+        "lost": "was lost",
+    }[kill.cause]
+    line = f"worker {kill.worker} {why} while it ran task {kill.key!r} ({kill.prefix})"
+    if kill.peak_bytes is None or kill.peak_age is None:
+        line += "; its memory had not been seen yet"
+    else:
+        line += (
+            f"; last seen peak of the process {format_bytes(kill.peak_bytes)}, "
+            f"{kill.peak_age:.2f} s before"
+        )
+    if kill.concurrency > 1:
+        line += f", with {kill.concurrency} tasks running at once"
+    if kill.known_from == "heartbeat":
+        line += " (from its last heartbeat: what began after that is not known)"
+    return line
+
+
+def to_record(kill: Kill) -> TaskMemory:
+    """Return the row of a kill for sinks: status ``killed``, no growth."""
+    peak = kill.peak_bytes or 0
+    return TaskMemory(
+        key=kill.key,
+        task_prefix=kill.prefix,
+        worker=kill.worker,
+        start=kill.start or kill.time,
+        stop=kill.time,
+        start_bytes=kill.start_bytes or 0,
+        peak_bytes=peak,
+        growth_bytes=None,
+        scope="shared",
+        reason="overlap" if kill.concurrency > 1 else "polling",
+        reusable_bytes=None,
+        foreign_bytes=0,
+        concurrency=kill.concurrency,
+        input_bytes=None,
+        output_bytes=None,
+        status="killed",
+        span_id=None,
+    )

@@ -1,0 +1,34 @@
+"""Recordings: records kept at the scheduler for a client that asked (``recording.record``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dask_memusage_exporter.records import TaskMemory
+
+#: Records that the scheduler keeps for one recording.
+MOST = 1_000_000
+
+#: Operations of the scheduler.
+START_OP, STOP_OP = "memusage_record_start", "memusage_record_stop"
+
+
+class RecordingSink:
+    """Keeps records at the scheduler until they are fetched."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Any, ...]] = []
+        self.left_out = 0
+
+    def write(self, record: TaskMemory) -> None:
+        """Keep one record."""
+        if len(self.records) < MOST:
+            self.records.append(tuple(record))
+        else:
+            self.left_out += 1
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -1,0 +1,152 @@
+"""``record``: the records of what runs inside a ``with`` block, for notebooks.
+
+>>> with record(client) as recording:  # doctest: +SKIP
+...     graph.compute()
+>>> recording.by_prefix()  # doctest: +SKIP
+
+Covers: every execution that ends inside the block, whoever submitted it to the cluster.
+Does not cover: more records than the scheduler keeps (:data:`exporters.recordings.MOST`); the rest
+are counted in ``recording.left_out``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distributed import Client
+
+from dask_memusage_exporter.exporters.recordings import START_OP, STOP_OP
+from dask_memusage_exporter.install import default_target, install
+from dask_memusage_exporter.records import TaskMemory
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import pandas
+
+
+class Recording:
+    """What was recorded. Made by :func:`record`; filled when its block ends.
+
+    Attributes
+    ----------
+    records : list of TaskMemory
+        In order of arrival at the scheduler.
+    left_out : int
+        How many more there were than the scheduler keeps.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._token: str | None = None
+        self.records: list[TaskMemory] = []
+        self.left_out = 0
+
+    def __enter__(self) -> Recording:
+        install(self._client)
+        self._token = self._client.sync(self._start)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.sync(self._stop)
+
+    async def __aenter__(self) -> Recording:
+        await install(self._client)
+        self._token = await self._start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stop()
+
+    async def _start(self) -> Any:
+        return await getattr(self._client.scheduler, START_OP)()
+
+    async def _stop(self) -> None:
+        rows, self.left_out = await getattr(self._client.scheduler, STOP_OP)(token=self._token)
+        self.records = [TaskMemory(*row) for row in rows]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row a record, the fields of :class:`TaskMemory` as columns.
+
+        Unknown values are NA: sizes are of the nullable type ``Int64``, in bytes; times are
+        ``datetime64`` in UTC by the worker's clock.
+        """
+        import pandas
+
+        frame = pandas.DataFrame(self.records, columns=list(TaskMemory._fields))
+        sizes = [name for name in frame.columns if name.endswith("_bytes")]
+        frame = frame.astype(dict.fromkeys([*sizes, "concurrency"], "Int64"))
+        for name in ("start", "stop"):
+            frame[name] = pandas.to_datetime(frame[name].astype(float), unit="s", utc=True)
+        return frame
+
+    def by_prefix(self) -> pandas.DataFrame:
+        """Return one row a prefix: tasks, how many have a growth of their own, quantiles in bytes.
+
+        Columns of growth are over the tasks of scope ``process`` alone, and NA where there is none.
+        """
+        import pandas
+
+        frame = self.to_pandas()
+        groups = frame.groupby("task_prefix")
+        columns = {
+            "tasks": groups.size(),
+            "own_growth": groups["growth_bytes"].count(),
+        }
+        for name in ("peak", "growth"):
+            sizes = groups[f"{name}_bytes"]
+            columns[f"{name}_p50"] = sizes.quantile(0.5)
+            columns[f"{name}_p95"] = sizes.quantile(0.95)
+            columns[f"{name}_max"] = sizes.max()
+        table = pandas.DataFrame(columns)
+        order = ["growth_max", "peak_max"]
+        return table.sort_values(order, ascending=False)
+
+    def plot(self, axes: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+        """Draw each task's peak over time, one colour a prefix; hollow where growth is not its own.
+
+        Parameters
+        ----------
+        axes
+            Where to draw; None: a new figure. Needs matplotlib.
+        """
+        import matplotlib.pyplot as plt
+
+        if axes is None:
+            _, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+        frame = self.to_pandas()
+        for prefix, tasks in frame.groupby("task_prefix"):
+            peaks = tasks["peak_bytes"].astype(float) / 2**20
+            own = tasks["growth_bytes"].notna()
+            points = axes.scatter(tasks["stop"][own], peaks[own], s=18, label=f"{prefix}")
+            axes.scatter(
+                tasks["stop"][~own], peaks[~own], s=18,
+                facecolors="none", edgecolors=points.get_facecolor() if own.any() else None,
+                label=None if own.any() else f"{prefix}",
+            )  # fmt: skip
+        axes.set_ylabel("peak of the process (MiB)")
+        axes.set_ylim(bottom=0)
+        axes.set_title("Peak memory by task (hollow: shared with others)")
+        if self.records:
+            axes.legend(title="prefix", loc="upper left", bbox_to_anchor=(1, 1))
+        return axes
+
+
+def record(client: Client | None = None) -> Recording:
+    """Record the memory of every task that ends inside a ``with`` block.
+
+    Parameters
+    ----------
+    client
+        None: the default client. With an asynchronous one use ``async with``.
+
+    Returns
+    -------
+    Recording
+        Filled when the block ends.
+
+    Raises
+    ------
+    ValueError
+        There is no default client.
+    """
+    return Recording(client if client is not None else default_target())

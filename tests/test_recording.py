@@ -1,0 +1,102 @@
+"""record(): what runs inside a `with` block, for notebooks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+from dask_memusage_exporter import TaskMemory, record
+
+MIB = 2**20
+
+
+def block(mib: int) -> int:
+    return int(np.ones(mib * MIB // 8).sum())
+
+
+def test_records_are_those_of_the_block(
+    make_cluster: Callable[..., LocalCluster], make_client: Callable[..., Client]
+) -> None:
+    """What runs before and after is not in it; what runs inside is, once."""
+    client = make_client(make_cluster())
+    client.submit(block, 1, key="before-0").result()
+    with record(client) as recording:
+        client.gather(client.map(block, [50, 100], pure=False, key="inside"))
+    client.submit(block, 1, key="after-0").result()
+    assert [type(one) for one in recording.records] == [TaskMemory] * 2
+    assert {one.task_prefix for one in recording.records} == {"inside"}
+    assert recording.left_out == 0
+    peaks = sorted(one.peak_bytes - one.start_bytes for one in recording.records)
+    assert peaks[0] == pytest.approx(50 * MIB, rel=0.1)
+    assert peaks[1] == pytest.approx(100 * MIB, rel=0.1)
+
+
+def test_frames_have_types_and_unknowns(
+    make_cluster: Callable[..., LocalCluster], make_client: Callable[..., Client]
+) -> None:
+    """Sizes are nullable integers, times are UTC, and a growth that is not known is NA."""
+    client = make_client(make_cluster(threads_per_worker=2))
+    with record(client) as recording:
+        client.gather(client.map(block, [200] * 4, pure=False, key="busy"))
+    frame = recording.to_pandas()
+    assert len(frame) == 4
+    assert str(frame["peak_bytes"].dtype) == "Int64"
+    assert str(frame["start"].dt.tz) == "UTC"
+    shared = frame[frame["scope"] == "shared"]
+    assert shared["growth_bytes"].isna().all()
+    table = recording.by_prefix()
+    assert table.loc["busy", "tasks"] == 4
+    assert table.loc["busy", "own_growth"] == (frame["scope"] == "process").sum()
+
+
+def test_an_empty_recording_is_empty(
+    make_cluster: Callable[..., LocalCluster], make_client: Callable[..., Client]
+) -> None:
+    """A block in which nothing ran gives empty tables."""
+    with record(make_client(make_cluster())) as recording:
+        pass
+    assert recording.to_pandas().empty
+    assert recording.by_prefix().empty
+
+
+def test_a_plot_shows_each_prefix(
+    make_cluster: Callable[..., LocalCluster], make_client: Callable[..., Client]
+) -> None:
+    """One series a prefix, in MiB."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    client = make_client(make_cluster())
+    with record(client) as recording:
+        client.gather(client.map(block, [20, 30], pure=False, key="one"))
+        client.submit(block, 40, key="two-0").result()
+    axes = recording.plot()
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["one", "two"]
+    assert "MiB" in axes.get_ylabel()
+
+
+def test_asynchronous_clients_record_too() -> None:
+    """`async with` is the same."""
+
+    async def run() -> Any:
+        options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+        async with (
+            LocalCluster(**options, asynchronous=True) as cluster,
+            Client(cluster, asynchronous=True) as client,
+        ):
+            async with record(client) as recording:
+                await client.submit(block, 10, key="aio-0")
+            return recording.records
+
+    assert [one.key for one in asyncio.run(run())] == ["aio-0"]
+
+
+def test_without_a_client_it_says_so() -> None:
+    """The error says what to do."""
+    with pytest.raises(ValueError, match="create distributed"):
+        record()
