@@ -33,19 +33,21 @@ METRICS_TAIL = """
 ## Reading them
 
 - **Mean growth of a kind of task** (exact, from sum and count):
-  `sum by (task_prefix_name) (rate(dask_worker_task_memory_growth_bytes_sum[10m])) / sum by
-  (task_prefix_name) (rate(dask_worker_task_memory_growth_bytes_count[10m]))`
+  `sum by (task_prefix_name) (rate(dask_scheduler_task_memory_growth_bytes_sum[10m])) / sum by
+  (task_prefix_name) (rate(dask_scheduler_task_memory_growth_bytes_count[10m]))`
 - **95th percentile of peaks** (within a bucket's width):
   `histogram_quantile(0.95, sum by (le, task_prefix_name)
-  (rate(dask_worker_task_memory_peak_bytes_bucket[10m])))`
+  (rate(dask_scheduler_task_memory_peak_bytes_bucket[10m])))`
 - **Share of tasks whose number is not their own**:
-  `sum(rate(dask_worker_task_memory_tasks_total{scope="shared"}[10m])) /
-  sum(rate(dask_worker_task_memory_tasks_total[10m]))`
+  `sum(rate(dask_scheduler_task_memory_tasks_total{scope="shared"}[10m])) /
+  sum(rate(dask_scheduler_task_memory_tasks_total[10m]))`
 - **Workers that are not measured**: `dask_scheduler_task_memory_workers{source="missing"}`
 
 The default bounds of both histograms are 1 and 1.5 times 2^k MiB from 1 MiB to 256 GiB: 37 and
-`+Inf`, so one prefix has 2 x 40 series for its histograms, 2 for the counters and 2 for the maxima.
-`memusage.worker-metrics: totals` drops the prefix label from a worker's page, `off` drops all.
+`+Inf`, so one histogram of one prefix is 40 series. The scheduler's page has three a prefix (peaks,
+growth, inputs), with counters and maxima up to 129 series. A worker's page has the same of its own
+tasks, without inputs, where `memusage.worker-metrics` is `full`; `totals`, the default where the
+scheduler shows all, drops the prefix label, `off` drops everything.
 
 **Several servers in one process** (`LocalCluster(processes=False)`): Dask renders one registry of
 the process on every port, so each page shows the same series. Scrape one of the ports, or

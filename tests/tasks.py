@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -298,20 +298,28 @@ def read_memmap(path: str) -> int:
 # -- kinds of blocks: what they are made of, and how many bytes that is ------------------
 
 
+def filled(count: int, make: Callable[[int], Any]) -> list[Any]:
+    """Return a list of so many objects that did not grow: growing leaves holes of its own."""
+    blocks = [None] * count
+    for i in range(count):
+        blocks[i] = make(i)
+    return blocks
+
+
 def byte_blocks(size: int, total: int) -> list[bytearray]:
-    return [bytearray(size) for _ in range(total // size)]
+    return filled(total // size, lambda _: bytearray(size))
 
 
 def integers(total: int) -> list[int]:
-    return list(range(10**6, 10**6 + total // 40))
+    return filled(total // 40, lambda i: 10**6 + i)
 
 
 def strings(total: int) -> list[str]:
-    return [f"{i:051d}" for i in range(total // 112)]
+    return filled(total // 120, lambda i: f"{i:051d}")
 
 
 def dicts(total: int) -> list[dict[str, int]]:
-    return [{"a": i, "b": -i} for i in range(10**6, 10**6 + total // 256)]
+    return filled(total // 272, lambda i: {"a": 10**6 + i, "b": -1000 - i})
 
 
 def size_of(blocks: list[Any]) -> int:

@@ -14,6 +14,8 @@ import pytest
 from dask_memusage_exporter import flight
 from tests.conftest import wait_until
 
+pytestmark = pytest.mark.ends
+
 HOLDER = """
 import sys, time
 from dask_memusage_exporter import flight

@@ -22,6 +22,8 @@ from tests import tasks
 from tests.conftest import Measured, Metrics, measured, wait_until, worker_ports
 from tests.tasks import Gate
 
+pytestmark = pytest.mark.ends
+
 MIB = 2**20
 
 #: Workers may start processes by multiprocessing; a daemon may not.

@@ -228,12 +228,14 @@ class Tracker:
             bracket.stop = self._clock()
             if self._disabled or bracket not in self._open:
                 return False
-            bracket.faults_after = faults = self._source.faults()
-            # No page fault in the whole window: nothing new was resident, nothing more to read.
-            if faults != bracket.faults or not faults:
-                self._faults = faults
-                bracket.gone = bracket.rss - self._fold(0) - self._children.rss
-            self._leave(bracket)
+            try:
+                bracket.faults_after = faults = self._source.faults()
+                # No page fault in the whole window: nothing new was resident, nothing to read.
+                if faults != bracket.faults or not faults:
+                    self._faults = faults
+                    bracket.gone = max(0, bracket.rss - self._fold(0) - self._children.rss)
+            finally:
+                self._leave(bracket)
             if bracket.others is not None:
                 self._close_account(bracket)
             bracket.changes_after = self._children.changes
@@ -259,7 +261,11 @@ class Tracker:
                 mapped = max(mapped, unexplained)
             else:
                 foreign = max(foreign, unexplained)
-        foreign = max(0, foreign) + max(0, bracket.gone)
+        foreign = max(0, foreign)
+        reusable = bracket.reusable
+        if reusable is not None:
+            # What fell away and was not the worker's was room for the task too.
+            reusable += max(0, bracket.gone - foreign)
         offloaded = False
         for (_, meaning), *used in zip(
             self._witnesses, before.witnesses, after.witnesses, strict=False
@@ -275,7 +281,7 @@ class Tracker:
             overlapped=bracket.overlapped,
             foreign_bytes=foreign,
             offloaded=offloaded,
-            reusable_bytes=bracket.reusable,
+            reusable_bytes=reusable,
             mapped_bytes=mapped,
             own_thread=bracket.own_thread,
             exact=self._source.exact,
@@ -289,7 +295,7 @@ class Tracker:
             growth,
             scope,
             reason,
-            bracket.reusable,
+            reusable,
             foreign,
             bracket.concurrency,
         )
