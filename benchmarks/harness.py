@@ -55,14 +55,23 @@ class Bench(NamedTuple):
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric over the ``/metrics`` pages of all workers."""
-        total = 0.0
-        for port in self.worker_ports():
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
-                families = text_string_to_metric_families(page.read().decode())
-            for sample in (sample for family in families for sample in family.samples):
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    total += sample.value
-        return total
+        return sum(on_page(port, name, labels) for port in self.worker_ports())
+
+    def cluster_metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric on the scheduler's page."""
+        return on_page(self.scheduler.http_server.port, name, labels)
+
+
+def on_page(port: int, name: str, labels: Mapping[str, str]) -> float:
+    """Return the sum of a metric's samples that have these labels on a ``/metrics`` page."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        families = text_string_to_metric_families(page.read().decode())
+    return sum(
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def test_every_benchmark_runs_and_its_figures_are_in_json_and_markdown(tmp_path:
     ways = [figures for name, figures in complete.items() if name != "tasks"]
     assert ways
     for figures in ways:
-        for count in ("rows", "tasks", "peaks", "scopes"):
+        for count in ("rows", "tasks", "peaks", "scopes", "cluster"):
             assert figures[count] == complete["tasks"], (count, figures)
         assert figures["dropped"] == figures["errors"] == 0
 

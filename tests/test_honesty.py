@@ -328,7 +328,9 @@ def test_spilling(spilling: Measured, go: Gate, stop: Gate) -> None:
     stop.open()
     wait(waiting)
     found = record(spilling, "waits-unspilling")
-    assert_shared(found, "transfer")
+    # The task that needs it may have used some processor time beside this one.
+    assert found.scope == "shared"
+    assert found.reason in ("transfer", "overlap")
     assert found.foreign_bytes >= 200 * MIB
     assert seen(found) >= 199 * MIB
     # The one that needed it began when it was there.

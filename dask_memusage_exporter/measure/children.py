@@ -87,11 +87,11 @@ class Children:
         if not self._listed_pids:
             return
         for pid, child in list(self._known.items()):
-            rss, file = _now(pid)
-            if not rss:
+            now = _now(pid)
+            if now is None:
                 self._drop(pid)
             elif child.seen:
-                child.counted = child.part(rss, file)
+                child.counted = child.part(*now)
         self.rss = sum(child.counted for child in list(self._known.values()))
 
     def look(self, own_anonymous: int) -> int:
@@ -109,8 +109,8 @@ class Children:
             self._list(own_anonymous)
         peak = total = 0
         for pid, child in list(self._known.items()):
-            (rss, file), mark = _now(pid), _mark(pid)
-            if not rss or not mark:
+            now, mark = _now(pid), _mark(pid)
+            if now is None:
                 self._drop(pid)
                 continue
             if not child.seen:
@@ -118,29 +118,28 @@ class Children:
                 continue
             if child.shared and _command(pid) != self._command:
                 child.shared = 0
-            child.counted = child.part(rss, file)
+            child.counted = child.part(*now)
             total += child.counted
             rose = mark > child.mark
             child.mark = max(mark, child.mark)
             self.changes += rose
-            peak += child.part(mark, file) if rose else child.counted
+            peak += child.part(mark, now[1]) if rose else child.counted
         self.rss = total
         return peak
 
     def _list(self, own_anonymous: int) -> None:
-        began = time.monotonic()
-        old = began - self._listed > GAP
+        # Processor time: what a busy machine makes us wait is not the cost of listing.
+        began = time.thread_time()
+        old = time.monotonic() - self._listed > GAP
         pids = _descendants(self._own)
         # By their ids too: one that has ended and was not waited for shows nothing else.
         self.changes += len(self._listed_pids ^ pids)
         self._listed_pids = pids
         for pid in pids - self._known.keys():
-            mark = _mark(pid)
-            if mark:  # else gone, or ended and not yet waited for
-                # The peak of an old child belongs to the past; of a new one all counts.
-                self._known[pid] = _Child(mark if old else 0, own_anonymous)
+            # The peak of an old child belongs to the past; of a new one all counts.
+            self._known[pid] = _Child(_mark(pid) if old else 0, own_anonymous)
         self._listed = time.monotonic()
-        self._next_listing = self._listed + (self._listed - began) / LIST_SHARE
+        self._next_listing = self._listed + (time.thread_time() - began) / LIST_SHARE
 
     def _drop(self, pid: int) -> None:
         if self._known.pop(pid, None) is not None:
@@ -186,8 +185,11 @@ def _children(pid: int) -> set[int]:
         return set()
 
 
-def _now(pid: int) -> tuple[int, int]:
-    """Return RSS of a process and its part in mapped files, in bytes; (0, 0) once it is gone."""
+def _now(pid: int) -> tuple[int, int] | None:
+    """Return RSS of a process and its part in mapped files, in bytes; None once it is gone.
+
+    Both are 0 while it waits to be waited for, and in the middle of an exec.
+    """
     try:
         fields = _read(f"/proc/{pid}/statm").split(None, 3)
         return int(fields[1]) * PAGE, int(fields[2]) * PAGE
@@ -196,15 +198,15 @@ def _now(pid: int) -> tuple[int, int]:
     try:
         return psutil.Process(pid).memory_info().rss, 0
     except psutil.Error:
-        return 0, 0
+        return None
 
 
 def _mark(pid: int) -> int:
-    """Return the high-water mark of a process in bytes, or RSS where it has none; 0: gone."""
+    """Return the high-water mark of a process in bytes; 0 where it has none."""
     try:
         return int(_read(f"/proc/{pid}/status").split(b"VmHWM:", 1)[1].split(None, 1)[0]) * KIB
     except (OSError, IndexError):
-        return _now(pid)[0]
+        return 0
 
 
 def _command(pid: int) -> list[str]:
