@@ -107,7 +107,8 @@ class FlightFile:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
-            os.ftruncate(self._fd, _HEADER + SLOTS * _SLOT_BYTES)
+            # Not a hole: writing into one on a full disk would end the process by SIGBUS.
+            os.posix_fallocate(self._fd, 0, _HEADER + SLOTS * _SLOT_BYTES)
             self._map = mmap.mmap(self._fd, 0)
             self.describe(process)
         except OSError:

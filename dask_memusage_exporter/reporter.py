@@ -11,7 +11,6 @@ Does not cover: actors' methods, in the flight file: that one is over is not alw
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
     from dask_memusage_exporter.process import Process
 
-logger = logging.getLogger("distributed.worker.memusage")
 
 #: Operations of the worker's stream; the scheduler's handlers are in ``scheduler``.
 RECORDS_OP, BATCH_OP = "memusage-records", "memusage-batch"
@@ -193,12 +191,11 @@ class Reporter:
             )
             hello["incarnation"] = self._flight.incarnation
         except OSError as error:
-            process.health.error("send", error)
-            logger.warning(
-                "dask-memusage: if this worker dies it cannot be told what it ran (%s). Give a "
-                "directory that it may write to as memusage.flight-directory",
-                error,
+            mend = "give a directory with room that the worker may write to as memusage.flight-"
+            error.strerror = (
+                f"{error.strerror}; what it ran cannot be told if it dies; {mend}directory"
             )
+            process.health.error("send", error)
         self._send(HELLO_OP, home=hello)
 
     # -- sending -------------------------------------------------------------------------
