@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import dask
-from distributed import Client, LocalCluster, Scheduler
+from distributed import Client, LocalCluster
 from prometheus_client.parser import text_string_to_metric_families
 
 import dask_memusage_exporter
@@ -39,10 +39,15 @@ LONGEST = 1800
 class Bench(NamedTuple):
     """A cluster that is measured by one variant."""
 
-    scheduler: Scheduler
+    cluster: LocalCluster
     client: Client
     #: What the variant writes; empty or missing where it writes nothing.
     csv_path: Path
+
+    @property
+    def scheduler(self) -> Any:
+        """The cluster's scheduler, which lives in this process."""
+        return self.cluster.scheduler
 
     def rows(self) -> list[dict[str, str]]:
         """Return the rows that are in the CSV now."""
@@ -100,9 +105,9 @@ def bench(
         )
         client = stack.enter_context(Client(cluster))
         path = folder / "memusage.csv"
-        scheduler = cluster.scheduler
-        install(variant, scheduler, path)
-        yield Bench(scheduler, client, path)
+        it = Bench(cluster, client, path)
+        install(variant, it.scheduler, path)
+        yield it
 
 
 def install(variant: str, scheduler: Any, path: Path) -> None:

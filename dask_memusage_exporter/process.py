@@ -84,6 +84,10 @@ class Process:
         for member in self.members:
             member.note(open_brackets)
 
+    def from_scheduler(self) -> int:
+        """Return what has come from schedulers so far, see :meth:`Traffic.from_scheduler`."""
+        return sum(member.traffic.from_scheduler() for member in self.members)
+
     def open(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, see :meth:`Tracker.start`, and note what all workers here have moved."""
         self.used = True

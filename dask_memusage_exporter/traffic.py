@@ -1,21 +1,29 @@
 """What a worker itself moves through the process's memory: bytes that no task owns.
 
 Covers: transfers in and out, results that arrive by scatter, spilling and unspilling, results that
-are released, the buffers of P2P shuffles.
-Does not cover: messages before they are read to their end, arguments inside a graph. The tracker
-has other witnesses for them: the processor time of the offload thread, on which what is larger than
+are released, the buffers of P2P shuffles, messages of the scheduler with arguments inside graphs.
+Does not cover: other messages before they are read to their end, and their copies. The tracker has
+other witnesses for these: the processor time of the offload thread, on which what is larger than
 10 MB is deserialised, and the event loop's page faults.
 
 Counters are plain attributes of the worker, read from the task's thread without a lock: a number
 that is one message old moves a bound by one message.
+
+Source: tcp(7) with TCP_INFO, ``include/uapi/linux/tcp.h`` of the kernel.
 """
 
 from __future__ import annotations
 
+import socket
+import struct
 import threading
 from typing import Any
 
 from distributed.sizeof import safe_sizeof
+
+#: ``tcpi_bytes_received`` of ``struct tcp_info``.
+_RECEIVED = struct.Struct("=128xQ")
+_TCP_INFO = getattr(socket, "TCP_INFO", None)
 
 
 class Traffic:
@@ -38,6 +46,9 @@ class Traffic:
         for calls in ("fast_to_slow_callbacks", "slow_to_fast_callbacks"):
             # zict.Buffer, which distributed's SpillBuffer is; other stores do not tell.
             getattr(worker.data, calls, []).append(self._on_spill)
+        #: The connection to the scheduler, once it is known, and what has come on it.
+        self._socket: Any = None
+        self._received = 0
         self._lock = threading.Lock()
         self._shuffles: dict[Any, int] = {}
         self._ended_shuffles = 0
@@ -53,6 +64,24 @@ class Traffic:
         for beat in runs.values():
             moved += beat["comm"]["memory"] + beat["disk"]["memory"]
         return moved
+
+    def from_scheduler(self) -> int:
+        """Return bytes received on the scheduler's stream; 0 where it is no TCP connection.
+
+        Arguments inside graphs come with it, and no counter of the worker's tells their size. In
+        one process (``inproc``) they are not copied. A system call, so asked on the event loop,
+        and not part of the two above.
+        """
+        if self._socket is None:
+            stream = getattr(self._worker.batched_stream, "comm", None)
+            self._socket = getattr(getattr(stream, "stream", None), "socket", None)
+        if self._socket is not None and _TCP_INFO is not None:
+            try:
+                info = self._socket.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _RECEIVED.size)
+                (self._received,) = _RECEIVED.unpack(info)
+            except (OSError, struct.error):  # closed, or an older kernel
+                pass
+        return self._received
 
     def _moved(self, runs: dict[Any, Any]) -> int:
         # What was held once and is no longer has been released. (The size of a single one is gone

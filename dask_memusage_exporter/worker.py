@@ -65,8 +65,8 @@ class WorkerAgent:
         #: Closed brackets whose transition is on its way.
         self._closed: dict[Key, Bracket] = {}
         self._without_thread: dict[Key, Bracket | None] = {}
-        #: What surrounded each task before it started.
-        self._before: dict[Key, Look] = {}
+        #: What surrounded each task before it started, and what had come from the scheduler.
+        self._before: dict[Key, tuple[Look, int]] = {}
         self._seam_fault: str | None = seam.install(worker, self)
         if self._seam_fault is not None:
             self._say_fault()
@@ -251,7 +251,7 @@ class WorkerAgent:
 
     def _begins(self, measuring: process.Process, key: Key) -> None:
         """Look before a task; open a bracket here for what has no thread of its own."""
-        self._before[key] = measuring.tracker.look()
+        self._before[key] = measuring.tracker.look(), measuring.from_scheduler()
         slot = self.reporter.begins(key)
         if self._seam_fault is not None or not self._has_thread(key):
             brackets = self._without_thread
@@ -287,7 +287,9 @@ class WorkerAgent:
                     self._seam_fault = "a task ended and none has ever been told of"
                     self._say_fault()
             return
-        window = measuring.tracker.settle(bracket, before, measuring.tracker.look())
+        look, received = before
+        bracket.foreign_after += measuring.from_scheduler() - received
+        window = measuring.tracker.settle(bracket, look, measuring.tracker.look())
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
         record = self._record(key, window, status)
         with measuring.health.guard("send"):

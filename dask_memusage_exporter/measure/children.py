@@ -9,13 +9,14 @@ the same: from the page faults of children that were waited for, or because it w
 Nor pages that a forked child and its parent share at first and one of them writes to later.
 
 Sources: waitid(2) with WNOWAIT, getrusage(2) with RUSAGE_CHILDREN, proc_tid_children(5),
-proc_pid_statm(5), proc_pid_status(5); psutil where these are missing.
+proc_pid_stat(5), proc_pid_statm(5), proc_pid_status(5); psutil where these are missing.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from resource import RUSAGE_CHILDREN, getrusage
 
 import psutil
@@ -57,7 +58,7 @@ class Children:
 
     def __init__(self) -> None:
         self._own = os.getpid()
-        self._command = _command(self._own)
+        self._image = _image(self._own)
         self._known: dict[int, _Child] = {}
         self._listed_pids: set[int] = set()
         self._listed = self._next_listing = 0.0
@@ -116,7 +117,7 @@ class Children:
             if not child.seen:
                 child.seen = True
                 continue
-            if child.shared and _command(pid) != self._command:
+            if child.shared and _image(pid) != self._image:
                 child.shared = 0
             child.counted = child.part(*now)
             total += child.counted
@@ -209,11 +210,21 @@ def _mark(pid: int) -> int:
         return 0
 
 
-def _command(pid: int) -> list[str]:
+def _image(pid: int) -> Sequence[object]:
+    """Return what an exec changes: where the parts of the program lie, by chance and by its size.
+
+    Not its command line: a worker and what it spawns by multiprocessing may have the same.
+    """
+    try:
+        # start_code to start_stack, start_data to env_end.
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return *fields[23:26], *fields[42:49]
+    except OSError:
+        pass
     try:
         return psutil.Process(pid).cmdline()
     except psutil.Error:
-        return []
+        return ()
 
 
 def _read(path: str) -> bytes:

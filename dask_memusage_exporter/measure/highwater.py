@@ -27,6 +27,8 @@ _TEST_BYTES = 16 * 2**20
 _TEST_SLACK = 4 * 2**20
 
 
+_REFUSED = "clear_refs: the kernel refuses the reset of the high-water mark"
+
 _Arguments = tuple[ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
 
 
@@ -100,11 +102,12 @@ class KernelSource:
             call.restype = ctypes.c_ssize_t
         self._buffer = ctypes.create_string_buffer(4096)
         self._five = ctypes.create_string_buffer(b"5")
-        self._fds: list[int] = []
+        self._fds: list[ctypes.c_int] = []
         try:
             self._clear = self._arguments(f"{proc}/clear_refs", os.O_WRONLY, self._five, 1)
             self._statm = self._arguments(f"{proc}/statm", os.O_RDONLY, self._buffer, 128)
             self._status = self._arguments(f"{proc}/status", os.O_RDONLY, self._buffer, 4095)
+            self._floor = 0
             self._floor = self._self_test()
         except OSError:
             self.close()
@@ -112,7 +115,8 @@ class KernelSource:
 
     def reset(self) -> tuple[int, int]:
         """Reset the mark; return RSS now and the process's page faults."""
-        self._pwrite(*self._clear)
+        if self._pwrite(*self._clear) != 1:
+            raise OSError(_REFUSED)
         usage = getrusage(RUSAGE_SELF)
         # The mark has just been set to RSS, and this is the cheapest way to read it. It is also
         # from where `read` takes the peak: the kernel counts pages per processor, and what is not
@@ -143,26 +147,25 @@ class KernelSource:
     def close(self) -> None:
         """Close the descriptors."""
         while self._fds:
-            os.close(self._fds.pop())
+            fd = self._fds.pop()
+            os.close(fd.value)
+            fd.value = -1  # the number may be somebody else's file next
 
     def _arguments(self, path: str, flags: int, buffer: ctypes.Array[Any], size: int) -> _Arguments:
         """Open a file; return the arguments of all reads or writes of it.
 
         Made once: to convert them at every call costs as much as the call.
         """
-        fd = os.open(path, flags | os.O_CLOEXEC)
+        fd = ctypes.c_int(os.open(path, flags | os.O_CLOEXEC))
         self._fds.append(fd)
         address = ctypes.c_void_p(ctypes.addressof(buffer))
-        return ctypes.c_int(fd), address, ctypes.c_size_t(size), ctypes.c_long(0)
+        return fd, address, ctypes.c_size_t(size), ctypes.c_long(0)
 
     def _now(self) -> tuple[int, int]:
-        self._pread(*self._statm)
+        if self._pread(*self._statm) <= 0:
+            raise OSError("statm: cannot be read")
         fields = self._buffer.value.split(b" ", 3)
         return int(fields[1]) * PAGE, int(fields[2]) * PAGE
-
-    def _reset(self) -> None:
-        if self._pwrite(*self._clear) != 1:
-            raise OSError("clear_refs: the kernel refuses the reset of the high-water mark")
 
     def _mark(self) -> int:
         got = self._pread(*self._status)
@@ -174,13 +177,13 @@ class KernelSource:
 
     def _self_test(self) -> int:
         """Check that the mark rises and falls; return the floor of ``ru_maxrss``."""
-        self._reset()
+        self.reset()
         before = self._mark()
         with mmap.mmap(-1, _TEST_BYTES) as block:
             for offset in range(0, _TEST_BYTES, PAGE):
                 block[offset] = 1
         high = self._mark()
-        self._reset()
+        self.reset()
         after = self._mark()
         if high - before < _TEST_BYTES - _TEST_SLACK or high - after < _TEST_BYTES - _TEST_SLACK:
             raise OSError(

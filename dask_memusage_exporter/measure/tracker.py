@@ -248,20 +248,7 @@ class Tracker:
             or before.reaped != after.reaped
             or (bracket.peak - bracket.rss > FLOOR_BYTES and self._children.unseen())
         )
-        foreign = bracket.foreign_after - bracket.foreign
-        mapped = bracket.mapped - bracket.start_mapped
-        if bracket.own_thread and self._source.exact and not children_changed:
-            # The event loop's own page faults show what no counter of the worker's tells of:
-            # message buffers, arguments inside a graph. The same bytes may be in both numbers.
-            faults = bracket.faults_after - bracket.faults
-            loop_faults = min(after.faults - before.faults, faults)
-            foreign = max(foreign, loop_faults * PAGE)
-            unexplained = _unexplained(bracket, before, after)
-            if unexplained <= (faults - loop_faults) * FAULT_AROUND:
-                mapped = max(mapped, unexplained)
-            else:
-                foreign = max(foreign, unexplained)
-        foreign = max(0, foreign)
+        foreign, mapped = self._brought_in(bracket, before, after, children_changed)
         reusable = bracket.reusable
         if reusable is not None:
             # What fell away and was not the worker's was room for the task too.
@@ -299,6 +286,26 @@ class Tracker:
             foreign,
             bracket.concurrency,
         )
+
+    def _brought_in(
+        self, bracket: Bracket, before: Look, after: Look, children_changed: bool
+    ) -> tuple[int, int]:
+        """Return what came in that is not the task's: by the worker, and as pages of files."""
+        foreign = bracket.foreign_after - bracket.foreign
+        mapped = bracket.mapped - bracket.start_mapped
+        # After a fork every page is faulted in once more, by whoever writes to it first.
+        if bracket.own_thread and self._source.exact and not children_changed:
+            # The event loop's own page faults show what no counter of the worker's tells of:
+            # message buffers, their copies. The same bytes may be in both numbers.
+            faults = bracket.faults_after - bracket.faults
+            loop_faults = min(after.faults - before.faults, faults)
+            foreign = max(foreign, loop_faults * PAGE)
+            unexplained = _unexplained(bracket, before, after)
+            if unexplained <= (faults - loop_faults) * FAULT_AROUND:
+                mapped = max(mapped, unexplained)
+            else:
+                foreign = max(foreign, unexplained)
+        return max(0, foreign), mapped
 
     def abandon(self, bracket: Bracket) -> None:
         """Give up a bracket that nothing will close. It overlaps nothing from now on."""
