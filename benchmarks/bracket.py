@@ -8,15 +8,29 @@ own two calls: what distributed itself does there is in it, and stands beside it
 from __future__ import annotations
 
 import importlib
+import itertools
 import statistics
 import threading
+import time
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
-from benchmarks.harness import NONE, OURS, bench, isolated, percentile
+from benchmarks.harness import (
+    NONE,
+    OURS,
+    Spread,
+    bench,
+    differences,
+    isolated,
+    percentile,
+    rounds,
+)
 from benchmarks.report import Result, Table, Target
 
 LIMIT_US = 25
+
+#: How tasks come to the worker, and the setting that does it.
+FEEDS: dict[str, float | str] = {"back to back": "inf", "one by one": 1.1}
 
 
 class Shape(NamedTuple):
@@ -103,15 +117,53 @@ def nothing(_: int) -> None:
     """Do nothing: an empty task."""
 
 
+def in_a_loop(dask_worker: Any, times: int) -> None:
+    """Open and close brackets in a row on a thread of the worker's, which nobody disturbs."""
+
+    def loop() -> None:
+        time.sleep(
+            0.5
+        )  # until the call that has started us is over: it runs user code, and overlaps
+        lock, thread, took = dask_worker.active_threads_lock, threading.get_ident(), []
+        for number in range(times):
+            dask_worker.active_keys.add(key := f"nothing-{number}")
+            began = perf_counter_ns()
+            with lock:
+                dask_worker.active_threads[thread] = key
+            with lock:
+                del dask_worker.active_threads[thread]
+            took.append(perf_counter_ns() - began)
+            dask_worker.active_keys.discard(key)
+        dask_worker.in_a_loop_ns = statistics.median(took)
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
+def look_at_loop(dask_worker: Any) -> float | None:
+    """Return a median in ns once the loop is over."""
+    found: float | None = getattr(dask_worker, "in_a_loop_ns", None)
+    return found
+
+
+def measure_loop(variant: str, times: int) -> float:
+    """Return what a bracket costs in a loop, in us."""
+    with bench(variant) as it:
+        it.client.run(in_a_loop, times=times)
+        while (found := next(iter(it.client.run(look_at_loop).values()))) is None:
+            time.sleep(1)  # each look is user code on the worker and disturbs a few brackets
+        return float(found) / 1e3
+
+
 def measure(
-    variant: str, modules: list[str], threads: int, parent_mb: int, tasks: int
+    variant: str, modules: list[str], threads: int, parent_mb: int, feed: str, tasks: int
 ) -> dict[str, Any]:
     """Run empty tasks on one worker; return a task's bracket in us, and the event loop's share."""
     held = b"x" * (parent_mb * 10**6)
-    with bench(variant, threads=threads) as it:
+    config = {"distributed.scheduler.worker-saturation": FEEDS[feed]}
+    with bench(variant, threads=threads, config=config) as it:
         del held
         it.client.run(prepare, modules=modules)
-        it.client.gather(it.client.map(nothing, range(tasks // 10), pure=False))
+        it.client.gather(it.client.map(nothing, range(tasks // 4), pure=False))
         it.client.run(collect)
         it.client.gather(it.client.map(nothing, range(tasks), pure=False))
         found = next(iter(it.client.run(collect).values()))
@@ -122,7 +174,6 @@ def measure(
         for start, stop in zip(times[::2], times[1::2], strict=True)
     ]
     return {
-        "tasks": len(pairs),
         "median_us": statistics.median(pairs),
         "p90_us": percentile(pairs, 90),
         "p99_us": percentile(pairs, 99),
@@ -132,40 +183,54 @@ def measure(
 
 
 def run(quick: bool) -> Result:
-    tasks = 200 if quick else 3000
-    table = Table(["worker", "variant", "tasks", "median", "p90", "p99", "below the floor",
+    tasks, count = (200, 1) if quick else (2000, 3)
+    table = Table(["worker", "tasks come", "variant", "median", "p90", "p99", "below the floor",
                    "event loop"], [])  # fmt: skip
     figures: dict[str, Any] = {}
     targets = []
-    for name, modules, threads, parent_mb in SHAPES[:1] if quick else SHAPES:
-        medians = {}
-        for variant in (NONE, OURS):
-            found = isolated(measure, variant=variant, modules=modules, threads=threads,
-                             parent_mb=parent_mb, tasks=tasks)  # fmt: skip
-            figures[f"{name}/{variant}"] = found
-            medians[variant] = found["median_us"]
-            table.rows.append(
-                [name, variant, str(found["tasks"]),
-                 *(f"{found[key]:.1f} us" for key in ("median_us", "p90_us", "p99_us")),
-                 "-" if variant == NONE else "yes" if found["below_floor"] else "no",
-                 "-" if variant == NONE else f"{found['loop_us']:.1f} us"]
+    shapes = SHAPES[:1] if quick else SHAPES
+    for shape, feed in itertools.product(shapes, list(FEEDS)[:1] if quick else FEEDS):
+        name, modules, threads, parent_mb = shape
+        found: dict[str, list[dict[str, Any]]] = {NONE: [], OURS: []}
+        for _, variant in rounds(count, (NONE, OURS)):
+            found[variant].append(
+                isolated(measure, variant=variant, modules=modules, threads=threads,
+                         parent_mb=parent_mb, feed=feed, tasks=tasks)
             )  # fmt: skip
-        more = medians[OURS] - medians[NONE]
+        figures[f"{name}/{feed}"] = found
+        for variant, all_ in found.items():
+            told = {key: Spread.of([one[key] for one in all_]) for key in
+                    ("median_us", "p90_us", "p99_us", "loop_us")}  # fmt: skip
+            table.rows.append(
+                [name, feed, variant, f"{told['median_us'].show(1)} us",
+                 *(f"{told[key].median:.0f} us" for key in ("p90_us", "p99_us")),
+                 "-" if variant == NONE else "yes" if all_[0]["below_floor"] else "no",
+                 "-" if variant == NONE else f"{told['loop_us'].show(0)} us"]
+            )  # fmt: skip
+        more = differences(*([one["median_us"] for one in found[v]] for v in (OURS, NONE)))
         if threads == 1:
             targets.append(
-                Target(f"bracket on the task's thread, median over none ({name})",
-                       f"<= {LIMIT_US} us", f"{more:.1f} us", more <= LIMIT_US)
+                Target(f"bracket on the task's thread, median over none ({name}, {feed})",
+                       f"<= {LIMIT_US} us", f"{more.show(1)} us", more.median <= LIMIT_US)
             )  # fmt: skip
+    loop = {v: isolated(measure_loop, variant=v, times=tasks * 10) for v in (NONE, OURS)}
+    figures["in a loop"] = loop
+    in_loop = Table(["variant", "a bracket in a loop, median"],
+                    [[variant, f"{took:.2f} us"] for variant, took in loop.items()])  # fmt: skip
     return Result(
         "bracket",
         "Cost: the bracket on the task's thread",
-        "Empty tasks on one worker. Start and stop together, each from taking the lock of "
+        f"{tasks} empty tasks on one worker, after as many as a quarter of it to warm up; {count} "
+        "rounds, each in fresh clusters. Start and stop together, each from taking the lock of "
         "`Worker.active_threads` to the end of what happens when it is let go: with distributed's "
-        "own share and the clock's, which stand beside it as `none`. `below the floor`: whether "
-        "RSS is below the least that `ru_maxrss` can be, the peak of the process that started the "
-        "worker; then `/proc/self/status` must be read, which costs more. `event loop`: the mean "
-        "a task of all our transitions there; no record is sent, as nobody listens.",
-        [table],
+        "own share and the clock's, which stand beside it as `none`. `back to back`: the worker "
+        "has the next task at hand (`worker-saturation: inf`); `one by one`: as Dask sets it, it "
+        "waits 2 ms for each, and what the bracket needs has left the processor's caches. `below "
+        "the floor`: RSS is below the least that `ru_maxrss` can be, the peak of the process that "
+        "started the worker; then `/proc/self/status` must be read. `event loop`: the mean a task "
+        "of all our transitions there, without rows. In a loop: brackets opened and closed on a "
+        "thread of a worker that does nothing else.",
+        [table, in_loop],
         targets,
         figures,
     )

@@ -22,7 +22,7 @@ from dask_memusage_exporter.exporters import prometheus
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.measure import choose, threads
 from dask_memusage_exporter.measure.heap import Heap
-from dask_memusage_exporter.measure.tracker import Bracket, Tracker
+from dask_memusage_exporter.measure.tracker import Bracket, Look, Tracker, Window
 from dask_memusage_exporter.traffic import Traffic
 
 logger = logging.getLogger("distributed.worker.memusage")
@@ -84,19 +84,28 @@ class Process:
         for member in self.members:
             member.note(open_brackets)
 
-    def from_scheduler(self) -> int:
-        """Return what has come from schedulers so far, see :meth:`Traffic.from_scheduler`."""
-        return sum(member.traffic.from_scheduler() for member in self.members)
-
-    def open(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
-        """Open a bracket, see :meth:`Tracker.start`, and note what all workers here have moved."""
-        self.used = True
+    def look_before(self) -> tuple[Look, int]:
+        """Look before a task, on the event loop: and at what all workers here have moved."""
         moved = 0
         for member in self.members:
             moved += member.traffic.opening()
+        return self.tracker.look_before(), moved
+
+    def settle(self, bracket: Bracket, before: tuple[Look, int]) -> Window:
+        """Look once more after it, and return what was measured; see :meth:`Tracker.settle`."""
+        look, moved = before
+        bracket.foreign += moved
+        for member in self.members:
+            bracket.foreign_after += member.traffic.closing()
+        return self.tracker.settle(bracket, look, self.tracker.look())
+
+    def open(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
+        """Open a bracket, see :meth:`Tracker.start`, and note what the workers have stored."""
+        self.used = True
         bracket = self.tracker.start(thread, alive)
         if bracket is not None:
-            bracket.foreign = moved
+            for member in self.members:
+                bracket.foreign += member.traffic.stored()
         return bracket
 
     def shut(self, bracket: Bracket) -> bool:
@@ -104,7 +113,7 @@ class Process:
         closed = self.tracker.stop(bracket)
         if closed:
             for member in self.members:
-                bracket.foreign_after += member.traffic.closing()
+                bracket.foreign_after += member.traffic.stored()
         return closed
 
     def collect(self) -> Iterable[Metric]:

@@ -114,15 +114,16 @@ class Recording:
         if axes is None:
             _, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
         frame = self.to_pandas()
-        for prefix, tasks in frame.groupby("task_prefix"):
-            peaks = tasks["peak_bytes"].astype(float) / 2**20
-            own = tasks["growth_bytes"].notna()
-            points = axes.scatter(tasks["stop"][own], peaks[own], s=18, label=f"{prefix}")
-            axes.scatter(
-                tasks["stop"][~own], peaks[~own], s=18,
-                facecolors="none", edgecolors=points.get_facecolor() if own.any() else None,
-                label=None if own.any() else f"{prefix}",
-            )  # fmt: skip
+        for number, (prefix, tasks) in enumerate(frame.groupby("task_prefix")):
+            own, colour, label = tasks["growth_bytes"].notna(), f"C{number % 10}", f"{prefix}"
+            for chosen, filling in ((own, colour), (~own, "none")):
+                if chosen.any():
+                    peaks = tasks["peak_bytes"][chosen].astype(float) / 2**20
+                    axes.scatter(
+                        tasks["stop"][chosen], peaks, s=18,
+                        facecolors=filling, edgecolors=colour, label=label,
+                    )  # fmt: skip
+                    label = ""  # matplotlib leaves it out of the legend
         axes.set_ylabel("peak of the process (MiB)")
         axes.set_ylim(bottom=0)
         axes.set_title("Peak memory by task (hollow: shared with others)")

@@ -29,8 +29,11 @@ _TCP_INFO = getattr(socket, "TCP_INFO", None)
 class Traffic:
     """Bytes moved by one worker.
 
-    The difference between :meth:`closing` at a task's stop and :meth:`opening` at its start is
-    all that was moved meanwhile, what was under way at either end included.
+    The difference between :meth:`closing` after a task and :meth:`opening` before it is what was
+    transferred meanwhile, what was under way at either end included. Both are for the event loop:
+    they read much that is in no processor's cache. What the worker has stored and let go is told
+    by :meth:`stored`, on the task's thread: inputs are read back, and results that are no longer
+    needed released, after a task has been told to run and before it does.
     """
 
     def __init__(self, worker: Any) -> None:
@@ -65,12 +68,11 @@ class Traffic:
             moved += beat["comm"]["memory"] + beat["disk"]["memory"]
         return moved
 
-    def from_scheduler(self) -> int:
+    def _from_scheduler(self) -> int:
         """Return bytes received on the scheduler's stream; 0 where it is no TCP connection.
 
         Arguments inside graphs come with it, and no counter of the worker's tells their size. In
-        one process (``inproc``) they are not copied. A system call, so asked on the event loop,
-        and not part of the two above.
+        one process (``inproc``) they are not copied.
         """
         if self._socket is None:
             stream = getattr(self._worker.batched_stream, "comm", None)
@@ -83,11 +85,14 @@ class Traffic:
                 pass
         return self._received
 
-    def _moved(self, runs: dict[Any, Any]) -> int:
+    def stored(self) -> int:
+        """Return bytes spilled, read back and released so far."""
         # What was held once and is no longer has been released. (The size of a single one is gone
         # by the time at which a plugin hears of it.)
-        released = self.inserted - int(self._state.nbytes)
-        moved = self.arrived + released + self.spilled + self._worker.transfer_outgoing_bytes_total
+        return self.spilled + self.inserted - int(self._state.nbytes)
+
+    def _moved(self, runs: dict[Any, Any]) -> int:
+        moved = self.arrived + self._worker.transfer_outgoing_bytes_total + self._from_scheduler()
         if runs or self._shuffles:
             self._count_shuffles(runs)
             moved += sum(self._shuffles.values())

@@ -251,7 +251,7 @@ class WorkerAgent:
 
     def _begins(self, measuring: process.Process, key: Key) -> None:
         """Look before a task; open a bracket here for what has no thread of its own."""
-        self._before[key] = measuring.tracker.look(), measuring.from_scheduler()
+        self._before[key] = measuring.look_before()
         slot = self.reporter.begins(key)
         if self._seam_fault is not None or not self._has_thread(key):
             brackets = self._without_thread
@@ -287,9 +287,7 @@ class WorkerAgent:
                     self._seam_fault = "a task ended and none has ever been told of"
                     self._say_fault()
             return
-        look, received = before
-        bracket.foreign_after += measuring.from_scheduler() - received
-        window = measuring.tracker.settle(bracket, look, measuring.tracker.look())
+        window = measuring.settle(bracket, before)
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
         record = self._record(key, window, status)
         with measuring.health.guard("send"):

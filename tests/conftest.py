@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from typing import Any
 os.environ["DASK_MEMUSAGE__WORKER_METRICS"] = "full"
 
 import dask
+import psutil
 import pytest
 from distributed import Client, LocalCluster
 from prometheus_client.parser import text_string_to_metric_families
@@ -209,6 +211,14 @@ def stop(tmp_path: Path) -> Iterator[Gate]:
     gate = Gate(tmp_path / "stop")
     yield gate
     gate.open()
+
+
+@pytest.fixture
+def childless() -> None:
+    """End the processes that multiprocessing keeps as children of this one, and starts anew."""
+    resource_tracker._resource_tracker._stop()
+    forkserver._forkserver._stop()
+    assert not psutil.Process().children()
 
 
 @pytest.fixture

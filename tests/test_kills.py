@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,10 +254,13 @@ def test_what_was_measured_and_not_reported_is_counted(dying: Callable[..., Meas
 
 def test_without_a_nanny_the_next_process_tells(tmp_path: Any) -> None:
     """A container that restarts with its volume kept: nanny and worker died in one instant."""
-    environment = {"DASK_MEMUSAGE__FLIGHT_DIRECTORY": str(tmp_path / "flight")}
+    environment = {
+        "DASK_MEMUSAGE__FLIGHT_DIRECTORY": str(tmp_path / "flight"),
+        "PYTHONPATH": str(Path(__file__).parents[1]),  # for this module's functions
+    }
     servers = Servers(tmp_path)
     try:
-        servers.scheduler("--preload", "dask_memusage_exporter")
+        servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
         first = servers.worker("--no-nanny", env=environment)
         future = servers.client.submit(grow, 50, 0.0, 200, key="pod-0")
         wait_until(lambda: _rss_mib(first.process.pid) > 200)

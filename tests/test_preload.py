@@ -116,9 +116,9 @@ def test_through_dasks_configuration(servers: Servers) -> None:
         "distributed: {scheduler: {preload: [dask_memusage_exporter]}}\n"
         "memusage: {csv: {path: memusage.csv, columns: full}, worker-metrics: off}\n"
     )
-    env = {"DASK_CONFIG": str(servers.directory)}
+    env = {"DASK_CONFIG": str(servers.directory), "DASK_MEMUSAGE__WORKER_METRICS": None}
     servers.scheduler(env=env)
-    servers.worker("--no-nanny")
+    servers.worker("--no-nanny", env={"DASK_MEMUSAGE__WORKER_METRICS": None})
     run(servers, "configured")
     found = rows(servers.directory / "memusage.csv")
     assert [row["task_prefix"] for row in found] == ["configured"] * TASKS

@@ -77,6 +77,9 @@ def test_a_plot_shows_each_prefix(
     axes = recording.plot()
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["one", "two"]
+    # Every point is drawn, filled or not.
+    assert sum(len(points.get_offsets()) for points in axes.collections) == 3
+    assert all(points.get_edgecolors().size for points in axes.collections)
     assert "MiB" in axes.get_ylabel()
 
 

@@ -389,7 +389,7 @@ def test_stopping_in_the_middle_of_a_task(coroutine: bool, measure: Any, tmp_pat
     wait_until(going.exists)
     client.unregister_worker_plugin("memusage")
     (worker,) = measured.cluster.workers.values()
-    wait_until(lambda: "memusage" not in worker.metrics)
+    wait_until(lambda: worker.metrics["memusage"](worker)["source"] == "missing")
     install(client)
     done.touch()
     future.result()

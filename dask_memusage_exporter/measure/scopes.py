@@ -15,7 +15,7 @@ REASONS = {
     "transfer": "the worker itself moved data (transfers, spilling, (de)serialising, releases)",
     "warm_heap": "the heap held free memory at the start, or it could not be asked",
     "executor": "the task did not run on a thread of its own (coroutine, process pool)",
-    "mapped": "pages of mapped files came in, which the kernel can drop at any time",
+    "mapped": "pages of mapped files or shared memory came in, which may be others' too",
     "polling": "only sampled: the source is polling, or child processes came, went or grew",
 }
 

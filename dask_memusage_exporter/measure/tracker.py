@@ -33,6 +33,9 @@ from dask_memusage_exporter.measure.scopes import FLOOR_BYTES, judge
 FAULT_AROUND = 2**21
 
 
+#: Seconds in which nothing happens that a look would have to tell.
+JUST_NOW = 0.0002
+
 #: So many page faults map less of files than what would be called much.
 FEW_FAULTS = 8
 
@@ -147,6 +150,8 @@ class Tracker:
         self._sampler = Sampler(self._tick)
         self._sampler_clock = threads.clock_of(self._sampler.thread.ident)
         self.add_house(self._sampler_clock)
+        #: The last look, on which thread, and when.
+        self._last_look = Look((), 0, 0, 0), 0, 0.0
         _trackers.add(self)
 
     def add_witness(self, clock: int | None, meaning: str) -> None:
@@ -159,13 +164,26 @@ class Tracker:
         if clock is not None and clock not in self._house:
             self._house.append(clock)
 
+    def look_before(self) -> Look:
+        """Return :meth:`look` for before a task.
+
+        The one after the task before will do, if it was just now: it is earlier, so its window
+        holds more that is not the task's, not less.
+        """
+        look, thread, when = self._last_look
+        if thread == threading.get_ident() and time.perf_counter() - when < JUST_NOW:
+            return look
+        return self.look()
+
     def look(self) -> Look:
         """Read what surrounds a task, on the event loop."""
         witnesses = tuple(threads.cpu_ns(clock) for clock, _ in self._witnesses)
         faults, loop_ns = threads.own_usage()
         sampler_ns = threads.cpu_ns(self._sampler_clock) or 0
         others = time.process_time_ns() - loop_ns - sampler_ns - _sum(witnesses)
-        return Look(witnesses, others, faults, Children.reaped())
+        look = Look(witnesses, others, faults, Children.reaped())
+        self._last_look = look, threading.get_ident(), time.perf_counter()
+        return look
 
     def start(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, on the task's own thread where it has one.
@@ -190,7 +208,7 @@ class Tracker:
         bracket.alive = alive
         if thread is not None:
             bracket.own_thread = True
-            bracket.clock = threads.clock_of(thread)
+            bracket.clock = threads.own_clock()
             if self._heap is not None:
                 bracket.reusable = self._heap.ask()
         children = self._children

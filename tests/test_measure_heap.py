@@ -1,0 +1,224 @@
+"""What the heaps hold free: asked of the real ones, in processes of their own."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dask_memusage_exporter.measure.heap import Budget, Heap
+
+MIB = 2**20
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def script(text: str, *arguments: str, **environment: str) -> str:
+    """Run a script in a fresh process; return what it prints to both streams."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(text), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    ).stdout
+
+
+# -- budgets -----------------------------------------------------------------------------
+
+
+def test_budget() -> None:
+    """A share of the time, saved up to a burst; what was overdrawn is saved up first."""
+    clock = Clock()
+    budget = Budget(0.1, burst=1.0, clock=clock)
+    assert budget.allows()
+    budget.spend(3.0)
+    assert not budget.allows()
+    clock.now += 19.0  # 1.9 of the 2.0 that are owed
+    assert not budget.allows()
+    clock.now += 2.0
+    assert budget.allows()
+    clock.now += 1000.0
+    budget.allows()
+    budget.spend(1.0)  # no more than the burst has been saved
+    assert not budget.allows()
+    budget.earn(0.5)
+    assert budget.allows()
+
+
+def test_no_budget() -> None:
+    """A share of nothing never allows anything."""
+    clock = Clock()
+    budget = Budget(0.0, clock=clock)
+    clock.now += 1e6
+    assert not budget.allows()
+
+
+def test_asking_stays_in_its_budget() -> None:
+    """A heap that is asked all the time answers now and then: what it costs is bounded."""
+    heap = Heap()
+    answers = [heap.ask() for _ in range(20_000)]
+    assert answers[0] is not None
+    assert None in answers
+
+
+# -- glibc -------------------------------------------------------------------------------
+
+#: 200 MiB in blocks of several sizes, again and again on one thread: what RSS shows of it, and
+#: what the heap said to have free before.
+BLOCKS = """
+import sys, threading
+from dask_memusage_exporter.measure.heap import Budget, Heap
+from dask_memusage_exporter.measure.highwater import KernelSource
+MIB = 2**20
+heap, source, kept = Heap(0.5), KernelSource(), []
+heap._asking = Budget(1, 1e9)
+heap._trimming = Budget(float(sys.argv[1]), 1e9)
+def run(size, keep):
+    reusable = heap.ask()
+    rss = source.reset()[0]
+    blocks = [bytearray(size) for _ in range(200 * MIB // size)]
+    if keep:
+        kept.append(blocks[len(blocks) // 2])
+    del blocks
+    print((source.read().peak - rss) // MIB, -(-reusable // MIB), size, keep)
+def all_kinds():
+    bytearray(30 * MIB)  # without the nanny's settings it raises glibc's thresholds
+    for size, keep in ((5000, 0), (64000, 0), (MIB, 0), (64000, 1), (MIB, 1), (5000, 1)):
+        for _ in range(3):
+            run(size, keep)
+thread = threading.Thread(target=all_kinds)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("trim", ["0", "1"])
+@pytest.mark.parametrize("environment", [{}, {"MALLOC_TRIM_THRESHOLD_": "65536"}])
+def test_free_bounds_what_is_hidden(trim: str, environment: dict[str, str]) -> None:
+    """Growth and what was free at the start are together what a task takes, in every state.
+
+    With the nanny's settings of glibc and without, with trimming and without.
+    """
+    lines = [line.split() for line in script(BLOCKS, trim, **environment).splitlines()]
+    assert len(lines) == 18
+    for grew, free, *kind in lines:
+        assert int(grew) + int(free) >= 199, (grew, free, kind)
+        if trim == "1":
+            assert int(grew) >= 180, (grew, free, kind)
+    # Without trimming a warm heap does hide growth: that is why it is asked.
+    assert (trim == "1") == all(int(grew) >= 180 for grew, *_ in lines)
+
+
+# -- pymalloc ----------------------------------------------------------------------------
+
+
+def test_pymalloc_figures_are_those_of_the_interpreter() -> None:
+    """What we read is what ``sys._debugmallocstats`` prints, of a heap with holes."""
+    printed = script(
+        """
+        import sys
+        from dask_memusage_exporter.measure.heap import Printed, PyMalloc
+        pymalloc = PyMalloc(Printed())
+        objects = [str(i) * 3 for i in range(100_000)]
+        del objects[::2]
+        print("ours =", pymalloc.free(), flush=True)
+        sys._debugmallocstats()
+        """
+    )
+    figures = {
+        name.strip(): int(figure.replace(",", ""))
+        for name, _, figure in (line.rpartition("=") for line in printed.splitlines())
+        if figure.strip().replace(",", "").isdigit()
+    }
+    theirs = figures["# bytes in available blocks"] + sum(
+        figure for name, figure in figures.items() if "unused pools" in name
+    )
+    assert figures["ours"] > MIB
+    # Some lines were printed in between.
+    assert figures["ours"] == pytest.approx(theirs, rel=0.05)
+
+
+def test_pymalloc_that_is_off() -> None:
+    """With ``PYTHONMALLOC=malloc`` it holds nothing; all is glibc's."""
+    printed = script(
+        """
+        from dask_memusage_exporter.measure.heap import Heap, Printed, PyMalloc
+        print(PyMalloc(Printed()).free(), Heap().unknown)
+        """,
+        PYTHONMALLOC="malloc",
+    )
+    assert printed.split() == ["0", "None"]
+
+
+# -- others ------------------------------------------------------------------------------
+
+
+def test_arrow() -> None:
+    """Arrow is not imported for the question; its pool is unknown once it has been used."""
+    printed = script(
+        """
+        import sys
+        from dask_memusage_exporter.measure.heap import Heap, arrow_free
+        print(arrow_free(), "pyarrow" in sys.modules)
+        import pyarrow
+        print(arrow_free())
+        block = pyarrow.allocate_buffer(64 * 2**20)
+        print(arrow_free(), Heap().ask(), pyarrow.default_memory_pool().backend_name)
+        """,
+        ARROW_DEFAULT_MEMORY_POOL="mimalloc",
+    )
+    assert printed.split() == ["0", "False", "0", "None", "None", "mimalloc"]
+
+
+def test_arrow_on_the_systems_malloc() -> None:
+    """On the system's malloc its pool keeps nothing of its own."""
+    printed = script(
+        """
+        import pyarrow
+        from dask_memusage_exporter.measure.heap import arrow_free
+        block = pyarrow.allocate_buffer(64 * 2**20)
+        print(arrow_free(), pyarrow.default_memory_pool().backend_name)
+        """,
+        ARROW_DEFAULT_MEMORY_POOL="system",
+    )
+    assert printed.split() == ["0", "system"]
+
+
+@pytest.mark.parametrize("name", ["polars", "duckdb"])
+def test_private_allocators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a library with an allocator of its own is loaded, nothing is known."""
+    monkeypatch.delitem(sys.modules, "pyarrow", raising=False)
+    assert Heap().ask() is not None
+    monkeypatch.setitem(sys.modules, name, sys)
+    assert Heap().ask() is None
+
+
+def test_malloc_that_is_not_glibcs(component: Callable[[str], Any]) -> None:
+    """Where another malloc is preloaded the heap is not known, and says why."""
+    library = ctypes.util.find_library("jemalloc") or component("libjemalloc.so.2")
+    printed = script(
+        """
+        from dask_memusage_exporter.measure.heap import Heap
+        heap = Heap()
+        print(heap.ask(), heap.unknown)
+        """,
+        LD_PRELOAD=library,
+    )
+    assert printed.strip() == "None mallinfo2: malloc is not glibc's own"
