@@ -86,6 +86,7 @@ class Process:
 
     def look_before(self) -> tuple[Look, int]:
         """Look before a task, on the event loop: and at what all workers here have moved."""
+        self.used = True
         moved = 0
         for member in self.members:
             moved += member.traffic.opening()
@@ -101,7 +102,6 @@ class Process:
 
     def open(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, see :meth:`Tracker.start`, and note what the workers have stored."""
-        self.used = True
         bracket = self.tracker.start(thread, alive)
         if bracket is not None:
             for member in self.members:
@@ -115,6 +115,11 @@ class Process:
             for member in self.members:
                 bracket.foreign_after += member.traffic.stored()
         return closed
+
+    def spent(self, bracket: Bracket) -> None:
+        """Count what a bracket has cost its thread."""
+        self.health.spent("start", bracket.start_seconds)
+        self.health.spent("stop", bracket.stop_seconds)
 
     def collect(self) -> Iterable[Metric]:
         """Return the worker's metric families; see ``catalog``."""

@@ -120,19 +120,14 @@ class Reporter:
 
     # -- the flight file -----------------------------------------------------------------
 
-    def begins(self, key: Key) -> int | None:
-        """Note that a task executes; return its slot, if there is one left."""
+    def begins(self, key: Key) -> None:
+        """Note that a task executes, where there is a slot left."""
         if self._flight is None:
-            return None
+            return
         self.ends(key)
         slot = self._flight.begin(flight.text_of(key), time.time())
         if slot is not None:
             self._slots[key] = slot
-        return slot
-
-    def slot(self, key: Key) -> int | None:
-        """Return the slot of what executes. From any thread."""
-        return self._slots.get(key)
 
     def ends(self, key: Key) -> None:
         """Note that it executes no longer."""
@@ -141,14 +136,15 @@ class Reporter:
             self._flight.end(slot)
 
     def note(self, open_brackets: Iterable[Bracket]) -> None:
-        """Note how high tasks are. On the sampler's thread."""
+        """Note how high tasks are; their tags are their keys. On the sampler's thread."""
         flight_file = self._flight
         if flight_file is None:
             return
         for bracket in open_brackets:
-            if bracket.tag is not None:
+            slot = self._slots.get(bracket.tag)
+            if slot is not None:
                 flight_file.update(
-                    bracket.tag,
+                    slot,
                     start=bracket.start,
                     start_bytes=bracket.rss,
                     peak_bytes=bracket.peak,
@@ -157,14 +153,14 @@ class Reporter:
 
     def running(self, brackets: Iterable[Bracket | None]) -> list[tuple[Any, ...]]:
         """Return what runs now, for the heartbeat; each as :class:`flight.Flying`."""
-        by_slot = {b.tag: b for b in brackets if b is not None and b.tag is not None}
+        by_key = {bracket.tag: bracket for bracket in brackets if bracket is not None}
         now = time.time()
         return [
             flight.Flying(
                 flight.text_of(key), b.start, b.rss, b.peak, now, concurrency=b.concurrency
             )
-            for key, slot in list(self._slots.items())
-            if (b := by_slot.get(slot)) is not None
+            for key in list(self._slots)
+            if (b := by_key.get(key)) is not None
         ]
 
     def _say_hello(self, process: Process) -> None:

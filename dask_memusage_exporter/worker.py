@@ -195,11 +195,11 @@ class WorkerAgent:
                 else _actor_call(thread),
             )
             if bracket is not None:
-                bracket.tag = self.reporter.slot(key)
+                bracket.tag = key
                 self._by_thread[thread] = (bracket, measuring, is_task)
+                bracket.start_seconds = perf_counter() - began
         except Exception as error:
             measuring.health.error("start", error)
-        measuring.health.spent("start", perf_counter() - began)
 
     def on_stop(self, thread: int, key: Key) -> None:
         """Close the bracket; the event loop makes the record of it."""
@@ -211,9 +211,11 @@ class WorkerAgent:
         try:
             if measuring.shut(bracket) and is_task and self._process is measuring:
                 self._closed[key] = bracket
+            bracket.stop_seconds = perf_counter() - began
         except Exception as error:
             measuring.health.error("stop", error)
-        measuring.health.spent("stop", perf_counter() - began)
+        if not is_task:
+            measuring.spent(bracket)
 
     # -- code of a user's on the event loop ----------------------------------------------
 
@@ -252,13 +254,13 @@ class WorkerAgent:
     def _begins(self, measuring: process.Process, key: Key) -> None:
         """Look before a task; open a bracket here for what has no thread of its own."""
         self._before[key] = measuring.look_before()
-        slot = self.reporter.begins(key)
+        self.reporter.begins(key)
         if self._seam_fault is not None or not self._has_thread(key):
             brackets = self._without_thread
             brackets[key] = None  # it is asked from now on whether this one runs
             bracket = measuring.open(None, lambda: key in brackets)
             if bracket is not None:
-                bracket.tag = slot
+                bracket.tag = key
             brackets[key] = bracket
 
     def _has_thread(self, key: Key) -> bool:
@@ -287,6 +289,7 @@ class WorkerAgent:
                     self._seam_fault = "a task ended and none has ever been told of"
                     self._say_fault()
             return
+        measuring.spent(bracket)
         window = measuring.settle(bracket, before)
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
         record = self._record(key, window, status)

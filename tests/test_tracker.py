@@ -32,6 +32,9 @@ class Cold:
     def ask(self) -> int:
         return 0
 
+    def save(self) -> None:
+        pass
+
     def has_grown(self, seconds: float) -> None:
         pass
 

@@ -60,7 +60,8 @@ class Children:
         self._own = os.getpid()
         self._image = _image(self._own)
         self._known: dict[int, _Child] = {}
-        self._listed_pids: set[int] = set()
+        #: Their ids, those included that have ended and were not waited for.
+        self.listed: set[int] = set()
         self._listed = self._next_listing = 0.0
         #: RSS of all of them at the last look, in bytes.
         self.rss = 0
@@ -78,15 +79,13 @@ class Children:
 
     def unseen(self) -> bool:
         """Return whether there is a child that no look has seen yet; from any thread."""
-        return _any_child() and not self._listed_pids.issuperset(_children(self._own))
+        return _any_child() and not self.listed.issuperset(_children(self._own))
 
     def refresh(self) -> None:
         """Take what the children hold now into :attr:`rss`; from any thread.
 
         Neither what they have let go nor that they have ended is to be in the next task's figures.
         """
-        if not self._listed_pids:
-            return
         for pid, child in list(self._known.items()):
             now = _now(pid)
             if now is None:
@@ -102,9 +101,9 @@ class Children:
         only forked shares with it.
         """
         if not _any_child():
-            if self._listed_pids:
+            if self.listed:
                 self.changes += 1
-                self._known, self._listed_pids, self.rss = {}, set(), 0
+                self._known, self.listed, self.rss = {}, set(), 0
             return 0
         if time.monotonic() >= self._next_listing:
             self._list(own_anonymous)
@@ -134,8 +133,8 @@ class Children:
         old = time.monotonic() - self._listed > GAP
         pids = _descendants(self._own)
         # By their ids too: one that has ended and was not waited for shows nothing else.
-        self.changes += len(self._listed_pids ^ pids)
-        self._listed_pids = pids
+        self.changes += len(self.listed ^ pids)
+        self.listed = pids
         for pid in pids - self._known.keys():
             # The peak of an old child belongs to the past; of a new one all counts.
             self._known[pid] = _Child(_mark(pid) if old else 0, own_anonymous)
@@ -145,7 +144,7 @@ class Children:
     def _drop(self, pid: int) -> None:
         if self._known.pop(pid, None) is not None:
             self.changes += 1
-            self._listed_pids.discard(pid)
+            self.listed.discard(pid)
 
 
 def _any_child() -> bool:

@@ -25,6 +25,9 @@ from collections.abc import Callable
 #: with 100,000 free chunks; 0.3 ms where a task has just driven a worker's heap out of the caches.
 ASK_SHARE = 0.005
 GROWING_SHARE = 0.015
+#: What is saved up for asking, in seconds: enough for a large heap, spent by a few hundred tasks
+#: that come at once.
+ASK_BURST = 0.01
 
 #: Importing one of these brings an allocator of its own that nobody outside can ask.
 PRIVATE_ALLOCATORS = ("polars", "duckdb")
@@ -53,19 +56,22 @@ class Budget:
     """
 
     def __init__(
-        self, share: float, burst: float = 0.05, clock: Callable[[], float] = time.perf_counter
+        self, share: float, burst: float, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._share, self._burst, self._clock = share, burst, clock
         self._saved = burst if share > 0 else 0.0
         self._then = clock()
 
-    def allows(self) -> bool:
-        """Return whether something may be spent now. What it costs is told afterwards."""
+    def save(self) -> None:
+        """Add the share of the time that has passed."""
         now = self._clock()
-        saved = self._saved + (now - self._then) * self._share
-        self._saved = saved = min(self._burst, saved)
+        self.earn((now - self._then) * self._share)
         self._then = now
-        return saved > 0
+
+    @property
+    def allows(self) -> bool:
+        """Whether something may be spent now. What it costs is told afterwards."""
+        return self._saved > 0
 
     def spend(self, seconds: float) -> None:
         """Take off what was spent. The rest may become negative and is saved up again first."""
@@ -234,7 +240,7 @@ class Heap:
     """
 
     def __init__(self, trim_share: float = 0.0) -> None:
-        self._asking, self._trimming = Budget(ASK_SHARE), Budget(trim_share, burst=0.1)
+        self._asking, self._trimming = Budget(ASK_SHARE, ASK_BURST), Budget(trim_share, burst=0.1)
         #: Why the heap cannot be asked at all; None where it can.
         self.unknown: str | None = None
         try:
@@ -242,6 +248,11 @@ class Heap:
             self._glibc, self._pymalloc = GlibcHeap(printed), PyMalloc(printed)
         except OSError as error:
             self.unknown = str(error)
+
+    def save(self) -> None:
+        """Add to the budgets; off the tasks' threads, where every microsecond counts."""
+        self._asking.save()
+        self._trimming.save()
 
     def has_grown(self, seconds: float) -> None:
         """Hear of a task that has grown and how long it took: the next is asked for sooner."""
@@ -253,7 +264,7 @@ class Heap:
         Trims first where there is something to give back and the budget allows. To be called on
         a task's own thread just before the task.
         """
-        if self.unknown is not None or not self._asking.allows():
+        if self.unknown is not None or not self._asking.allows:
             return None
         for name in PRIVATE_ALLOCATORS:
             if name in sys.modules:
@@ -266,7 +277,7 @@ class Heap:
         malloc = self._glibc.free()
         rest = self._pymalloc.free() + arrow
         self._asking.spend(time.thread_time() - begin)
-        if malloc > 2**20 and self._trimming.allows():
+        if malloc > 2**20 and self._trimming.allows:
             begin = time.thread_time()
             malloc = self._glibc.trim()
             self._trimming.spend(time.thread_time() - begin)

@@ -101,6 +101,8 @@ class Bracket:
     tag: Any = None
     #: The worker's number, set by whoever opens and closes: what it had moved at either end.
     foreign = foreign_after = 0
+    #: Its maker's time on the task's thread, to be counted once it is off it.
+    start_seconds = stop_seconds = 0.0
 
     #: Returns False once what opened the bracket has ended without closing it.
     alive: Callable[[], bool]
@@ -170,6 +172,8 @@ class Tracker:
         The one after the task before will do, if it was just now: it is earlier, so its window
         holds more that is not the task's, not less.
         """
+        if self._heap is not None:
+            self._heap.save()
         look, thread, when = self._last_look
         if thread == threading.get_ident() and time.perf_counter() - when < JUST_NOW:
             return look
@@ -214,7 +218,8 @@ class Tracker:
         children = self._children
         if self._sampler.asleep:
             self._sampler.wake()
-        children.refresh()
+        if children.listed:
+            children.refresh()
         with self._lock:
             if self._disabled:  # closed meanwhile: its descriptors may be somebody else's now
                 return None
@@ -241,7 +246,8 @@ class Tracker:
             Whether there is something to settle: False where the bracket was given up meanwhile,
             and in a forked child.
         """
-        self._children.refresh()
+        if self._children.listed:
+            self._children.refresh()
         with self._lock:
             bracket.stop = self._clock()
             if self._disabled or bracket not in self._open:
