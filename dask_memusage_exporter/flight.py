@@ -79,7 +79,10 @@ class Wreck(NamedTuple):
 
 def text_of(key: object) -> str:
     """Return a key as it stands in a file and in heartbeats: text, cut to what a slot holds."""
-    return str(key).encode("utf-8", "replace")[:_KEY_BYTES].decode("utf-8", "ignore")
+    text = str(key)
+    if text.isascii():
+        return text[:_KEY_BYTES]
+    return text.encode("utf-8", "replace")[:_KEY_BYTES].decode("utf-8", "ignore")
 
 
 class FlightFile:

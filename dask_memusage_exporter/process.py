@@ -61,8 +61,8 @@ class Process:
         self.health = Health()
         source, why = choose(settings.source, kernel_reset=settings.kernel_reset)
         self.source_name = source.name
-        heap = Heap(settings.trim)
-        self.tracker = Tracker(source, heap, on_look=self._note)
+        self.heap = Heap(settings.trim)
+        self.tracker = Tracker(source, self.heap, on_look=self._note)
         main = threading.main_thread()
         if main is not threading.current_thread():
             # The event loop, which calls this, is not the main thread: user code may run there.
@@ -76,8 +76,8 @@ class Process:
         )
         self.members: list[Member] = []
         logger.info("dask-memusage %s: source %s; %s", __version__, source.name, why)
-        if heap.unknown is not None:
-            logger.info("dask-memusage: the heap cannot be asked (%s)", heap.unknown)
+        if self.heap.unknown is not None:
+            logger.info("dask-memusage: the heap cannot be asked (%s)", self.heap.unknown)
         prometheus.add(self)
 
     def _note(self, open_brackets: Iterable[Bracket]) -> None:
@@ -90,15 +90,16 @@ class Process:
         moved = 0
         for member in self.members:
             moved += member.traffic.opening()
-        return self.tracker.look_before(), moved
+        self.heap.save()
+        return self.tracker.look(), moved
 
     def settle(self, bracket: Bracket, before: tuple[Look, int]) -> Window:
-        """Look once more after it, and return what was measured; see :meth:`Tracker.settle`."""
+        """Return what was measured; see :meth:`Tracker.settle`."""
         look, moved = before
         bracket.foreign += moved
         for member in self.members:
-            bracket.foreign_after += member.traffic.closing()
-        return self.tracker.settle(bracket, look, self.tracker.look())
+            bracket.foreign_after += member.traffic.closing(quick=bracket.quiet)
+        return self.tracker.settle(bracket, look)
 
     def open(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, see :meth:`Tracker.start`, and note what the workers have stored."""

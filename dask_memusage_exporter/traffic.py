@@ -58,18 +58,24 @@ class Traffic:
 
     def opening(self) -> int:
         """Return bytes moved so far, less those that are on their way out."""
+        self._read_socket()
         return self._moved(self._runs()) - int(self._worker.transfer_outgoing_bytes)
 
-    def closing(self) -> int:
-        """Return bytes moved so far and those that are on their way in or wait in buffers."""
+    def closing(self, *, quick: bool = False) -> int:
+        """Return bytes moved so far and those that are on their way in or wait in buffers.
+
+        ``quick`` leaves out what has come from the scheduler since :meth:`opening`.
+        """
+        if not quick:
+            self._read_socket()
         runs = self._runs()
         moved = self._moved(runs) + int(self._state.transfer_incoming_bytes)
         for beat in runs.values():
             moved += beat["comm"]["memory"] + beat["disk"]["memory"]
         return moved
 
-    def _from_scheduler(self) -> int:
-        """Return bytes received on the scheduler's stream; 0 where it is no TCP connection.
+    def _read_socket(self) -> None:
+        """Ask what has been received on the scheduler's stream; 0 where it is no TCP connection.
 
         Arguments inside graphs come with it, and no counter of the worker's tells their size. In
         one process (``inproc``) they are not copied.
@@ -83,7 +89,6 @@ class Traffic:
                 (self._received,) = _RECEIVED.unpack(info)
             except (OSError, struct.error):  # closed, or an older kernel
                 pass
-        return self._received
 
     def stored(self) -> int:
         """Return bytes spilled, read back and released so far."""
@@ -92,7 +97,7 @@ class Traffic:
         return self.spilled + self.inserted - int(self._state.nbytes)
 
     def _moved(self, runs: dict[Any, Any]) -> int:
-        moved = self.arrived + self._worker.transfer_outgoing_bytes_total + self._from_scheduler()
+        moved = self.arrived + self._worker.transfer_outgoing_bytes_total + self._received
         if runs or self._shuffles:
             self._count_shuffles(runs)
             moved += sum(self._shuffles.values())

@@ -1,19 +1,29 @@
-"""Real ``dask scheduler`` and ``dask worker`` processes, as operators start them."""
+"""Real servers: ``dask scheduler`` and ``dask worker`` as operators start them, and Prometheus."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 from distributed import Client
 
 from tests.conftest import wait_until
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Server:
@@ -77,6 +87,7 @@ class Servers:
             **options,
         )
         wait_until(self._file.exists, what=f"the scheduler file; log: {server.log}")
+        self._scheduler = server
         # Servers answer nobody before their preloads are done.
         self.client = self._stack.enter_context(Client(self.identity()["address"]))
         return server
@@ -112,6 +123,11 @@ class Servers:
         workers = self.client.scheduler_info()["workers"]
         return [worker["services"]["dashboard"] for worker in workers.values()]
 
+    def kill_scheduler(self) -> None:
+        """End the scheduler's process as the kernel does."""
+        self._scheduler.process.kill()
+        self._scheduler.process.wait()
+
     def close(self) -> None:
         """End everything, the latest first."""
         self._stack.close()
@@ -124,3 +140,49 @@ class Servers:
             except subprocess.TimeoutExpired:
                 server.process.kill()
                 server.process.wait()
+
+
+class Prometheus:
+    """A real Prometheus that scrapes ports of this machine several times a second.
+
+    Parameters
+    ----------
+    program
+        Its path.
+    """
+
+    def __init__(self, program: str, directory: Path, ports: Iterable[int]) -> None:
+        self._address = f"127.0.0.1:{free_port()}"
+        directory.mkdir()
+        targets = [f"127.0.0.1:{port}" for port in ports]
+        # JSON is YAML.
+        config = {
+            "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+            "scrape_configs": [{"job_name": "dask", "static_configs": [{"targets": targets}]}],
+        }
+        (directory / "prometheus.yml").write_text(json.dumps(config))
+        with (directory / "log").open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    program,
+                    f"--config.file={directory / 'prometheus.yml'}",
+                    f"--storage.tsdb.path={directory / 'data'}",
+                    f"--web.listen-address={self._address}",
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> Prometheus:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+    def query(self, expression: str) -> list[float]:
+        """Return the values of an instant query; none while the server starts."""
+        url = f"http://{self._address}/api/v1/query?" + urlencode({"query": expression})
+        with suppress(OSError), urlopen(url, timeout=10) as answer:
+            return [float(one["value"][1]) for one in json.load(answer)["data"]["result"]]
+        return []

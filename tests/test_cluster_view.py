@@ -6,12 +6,16 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
+from time import sleep
+from typing import Any
 
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
 from tests.conftest import Measured, Metrics, page, scheduler_port, wait_until, worker_ports
+from tests.servers import Servers, free_port
 
 PREFIX = "dask_scheduler_task_memory_"
 
@@ -185,18 +189,71 @@ def test_live_pages_show_what_runs(measure: Callable[..., Measured], path: str) 
     future.result()
 
 
-def test_many_workers_come_and_go(
-    make_cluster: Callable[..., LocalCluster], make_client: Callable[..., Client],
-    measure: Callable[..., Measured],
-) -> None:  # fmt: skip
-    """Workers that join and leave with work under way lose and double no task."""
-    measured = measure(n_workers=2, processes=False)
+def test_fifty_workers_come_and_go(measure: Callable[..., Measured]) -> None:
+    """Workers that join and leave with work under way lose and double no task and leave nothing."""
+    measured = measure(n_workers=1, processes=False)
     client, cluster = measured.client, measured.cluster
-    futures = []
-    for size in (10, 2, 12, 1, 8, 2):
+    agent = cluster.scheduler.extensions["memusage"]
+    futures, seen = [], set()
+    for size in (20, 1, 20, 1, 14, 1):
         cluster.scale(size)
         wait_until(lambda size=size: len(cluster.scheduler.workers) == size, timeout=60)
+        seen |= set(cluster.scheduler.workers)
         futures += client.map(inc, range(50), pure=False, key="churn")
+    assert len(seen) >= 50
     client.gather(futures)
     wait_until(lambda: cluster_counts(cluster, "churn") == len(measured.records.of("churn")))
     assert len(measured.records.of("churn")) >= 300
+    # Nothing is kept of those who have gone, on the page or behind it.
+    text = page(scheduler_port(cluster))
+    assert not [address for address in seen if address in text]
+    wait_until(lambda: len(agent.deaths._homes) == 1)
+    assert len(agent._received) <= 1
+    assert not agent.deaths._open
+
+
+def test_a_scheduler_that_restarts(tmp_path: Path) -> None:
+    """It begins at 0 and counts what is run since; tasks of before are nobody's kill."""
+    port = free_port()
+    servers, again = (Servers(tmp_path / name) for name in ("first", "second"))
+    try:
+        for one in (servers, again):
+            one.directory.mkdir()
+            one.scheduler("--port", str(port), "--preload", "dask_memusage_exporter")
+            worker = one.worker("--no-nanny")
+            one.client.gather(one.client.map(abs, range(7), key="lived", pure=False))
+            if one is servers:
+                running = one.client.submit(sleep, 600, key="cut-0")
+                wait_until(lambda: "cut-0" in page(servers.scheduler_port, "/memusage/live"))
+                one.kill_scheduler()
+                # A worker closes with its scheduler, unlike one that is killed.
+                worker.process.wait(60)
+                del running
+        name = f"{PREFIX}tasks_total"
+        wait_until(
+            lambda: Metrics.read(again.scheduler_port).total(name, task_prefix_name="lived") == 7
+        )
+        metrics = Metrics.read(again.scheduler_port)
+        assert metrics.total(f"{PREFIX}killed_tasks_total") == 0
+        assert metrics.total(f"{PREFIX}dropped_records_total") == 0
+    finally:
+        again.close()
+        servers.close()
+
+
+def test_who_listens_changes_nothing(
+    measure: Callable[..., Measured], make_client: Callable[..., Client]
+) -> None:
+    """Three clients, two of them on our topic: each record is counted once, and none is flooded."""
+    measured = measure()
+    heard: list[Any] = []
+    others = [make_client(measured.cluster) for _ in range(2)]
+    for client in (measured.client, others[0]):
+        client.subscribe_topic("memusage", heard.append)
+    for client in (measured.client, *others):
+        client.gather(client.map(inc, range(1000), pure=False, key="many"))
+    wait_until(lambda: cluster_counts(measured.cluster, "many") == 3000)
+    assert len(measured.records.of("many")) == 3000
+    # The topic tells of kills; nothing is sent or kept for a task that simply ran.
+    assert heard == []
+    assert measured.client.get_events("memusage") == ()

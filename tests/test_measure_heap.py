@@ -17,16 +17,6 @@ from dask_memusage_exporter.measure.heap import Budget, Heap
 MIB = 2**20
 
 
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def script(text: str, *arguments: str, **environment: str) -> str:
     """Run a script in a fresh process; return what it prints to both streams."""
     return subprocess.run(
@@ -45,19 +35,15 @@ def script(text: str, *arguments: str, **environment: str) -> str:
 
 def test_budget() -> None:
     """A share of the time, saved up to a burst; what was overdrawn is saved up first."""
-    clock = Clock()
-    budget = Budget(0.1, burst=1.0, clock=clock)
+    budget = Budget(0.1, burst=1.0, now=0.0)
     assert budget.allows
     budget.spend(3.0)
     assert not budget.allows
-    clock.now += 19.0  # 1.9 of the 2.0 that are owed
-    budget.save()
+    budget.save(19.0)  # 1.9 of the 2.0 that are owed
     assert not budget.allows
-    clock.now += 2.0
-    budget.save()
+    budget.save(21.0)
     assert budget.allows
-    clock.now += 1000.0
-    budget.save()
+    budget.save(1021.0)
     budget.spend(1.0)  # no more than the burst has been saved
     assert not budget.allows
     budget.earn(0.5)
@@ -66,10 +52,8 @@ def test_budget() -> None:
 
 def test_no_budget() -> None:
     """A share of nothing never allows anything."""
-    clock = Clock()
-    budget = Budget(0.0, burst=1.0, clock=clock)
-    clock.now += 1e6
-    budget.save()
+    budget = Budget(0.0, burst=1.0, now=0.0)
+    budget.save(1e6)
     assert not budget.allows
 
 
@@ -94,8 +78,8 @@ from dask_memusage_exporter.measure.heap import Budget, Heap
 from dask_memusage_exporter.measure.highwater import KernelSource
 MIB = 2**20
 heap, source, kept = Heap(0.5), KernelSource(), []
-heap._asking = Budget(1, 1e9)
-heap._trimming = Budget(float(sys.argv[1]), 1e9)
+heap._asking = Budget(1, 1e9, 0)
+heap._trimming = Budget(float(sys.argv[1]), 1e9, 0)
 def run(size, keep):
     reusable = heap.ask()
     rss = source.reset()[0]

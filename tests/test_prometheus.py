@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import subprocess
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import dask
@@ -236,66 +230,6 @@ def test_promtool_finds_nothing_wrong(measured: Measured, component: Callable[[s
         text = page(port)
         assert "task_memory" in text
         assert promtool_complaints(component, text) == []
-
-
-def test_a_real_prometheus_scrapes_and_answers(
-    measured: Measured, component: Callable[[str], str], tmp_path: Path
-) -> None:
-    """A server scrapes worker and scheduler of a running cluster and answers queries of ours."""
-    measured.client.gather(
-        measured.client.map(abs, range(10), key=[f"scraped-{i}" for i in range(10)])
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    targets = [
-        f"127.0.0.1:{port}"
-        for port in (*worker_ports(measured.cluster), scheduler_port(measured.cluster))
-    ]
-    config = {
-        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
-        "scrape_configs": [{"job_name": "dask", "static_configs": [{"targets": targets}]}],
-    }
-    (tmp_path / "prometheus.yml").write_text(json.dumps(config))
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            [
-                component("prometheus"),
-                f"--config.file={tmp_path / 'prometheus.yml'}",
-                f"--storage.tsdb.path={tmp_path / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-
-    def query(expression: str) -> list[Any]:
-        url = f"http://{address}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
-        with suppress(OSError), urllib.request.urlopen(url, timeout=10) as answer:
-            return [one["value"][1] for one in json.load(answer)["data"]["result"]]
-        return []
-
-    try:
-        tasks = 'sum(dask_worker_task_memory_tasks_total{task_prefix_name="scraped"})'
-        wait_until(lambda: query(tasks) == ["10"], what=(tmp_path / "log").read_text())
-        observed = 'dask_worker_task_memory_peak_bytes_count{task_prefix_name="scraped"}'
-        assert query(observed) == ["10"]
-        (quantile,) = query(
-            "histogram_quantile(0.5, sum by (le) (dask_worker_task_memory_peak_bytes_bucket))"
-        )
-        assert 2**20 < float(quantile) < 2**32
-        wait_until(lambda: query('dask_scheduler_task_memory_workers{source="kernel"}') == ["1"])
-        assert query("up") == ["1", "1"]
-        # Ours join with Dask's own series by the prefix.
-        joined = (
-            "sum by (task_prefix_name) (dask_worker_task_memory_tasks_total) "
-            "and on (task_prefix_name) dask_scheduler_prefix_state_totals_total"
-            '{task_prefix_name="scraped"}'
-        )
-        assert query(joined) == ["10"]
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 # -- settings ----------------------------------------------------------------------------------

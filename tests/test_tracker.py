@@ -29,6 +29,8 @@ PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 class Cold:
     """A heap that holds nothing free: what this process's own holds is not the question here."""
 
+    ready = True
+
     def ask(self) -> int:
         return 0
 
@@ -62,7 +64,7 @@ class Task:
     def end(self) -> Window:
         """Close the bracket; return what was measured."""
         assert self.do(self.tracker.stop, self.bracket)
-        return self.tracker.settle(self.bracket, self.before, self.tracker.look())
+        return self.tracker.settle(self.bracket, self.before)
 
 
 def touch(mib: int) -> mmap.mmap:
@@ -231,6 +233,11 @@ def test_code_on_the_main_thread() -> None:
     tracker.add_witness(threads.clock_of(threading.main_thread().ident), "code")
     task = Task(tracker)
     burn()
+    # Nothing new is resident: whatever ran, nobody grew.
+    assert task.end().growth_bytes == 0
+    task = Task(tracker)
+    burn()
+    spike(2)
     assert task.end().reason == "overlap"
     tracker.close()
 
@@ -243,6 +250,7 @@ def test_offload_thread(tracker: Tracker) -> None:
         assert Task(tracker).end().scope == "process"
         task = Task(tracker)
         offload.submit(burn).result()
+        offload.submit(spike, 1).result()
         assert task.end().reason == "transfer"
 
 

@@ -28,6 +28,8 @@ GROWING_SHARE = 0.015
 #: What is saved up for asking, in seconds: enough for a large heap, spent by a few hundred tasks
 #: that come at once.
 ASK_BURST = 0.01
+#: The same for giving memory back, which takes up to 26 ms a time.
+TRIM_BURST = 0.1
 
 #: Importing one of these brings an allocator of its own that nobody outside can ask.
 PRIVATE_ALLOCATORS = ("polars", "duckdb")
@@ -51,20 +53,17 @@ class Budget:
         From 0 to 1.
     burst
         The most that can be saved, in seconds.
-    clock
+    now
         Seconds, monotonic.
     """
 
-    def __init__(
-        self, share: float, burst: float, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self._share, self._burst, self._clock = share, burst, clock
+    def __init__(self, share: float, burst: float, now: float) -> None:
+        self._share, self._burst = share, burst
         self._saved = burst if share > 0 else 0.0
-        self._then = clock()
+        self._then = now
 
-    def save(self) -> None:
+    def save(self, now: float) -> None:
         """Add the share of the time that has passed."""
-        now = self._clock()
         self.earn((now - self._then) * self._share)
         self._then = now
 
@@ -240,9 +239,13 @@ class Heap:
     """
 
     def __init__(self, trim_share: float = 0.0) -> None:
-        self._asking, self._trimming = Budget(ASK_SHARE, ASK_BURST), Budget(trim_share, burst=0.1)
+        now = time.perf_counter()
+        self._asking = Budget(ASK_SHARE, ASK_BURST, now)
+        self._trimming = Budget(trim_share, TRIM_BURST, now)
         #: Why the heap cannot be asked at all; None where it can.
         self.unknown: str | None = None
+        #: Whether asking is worth the call.
+        self.ready = True
         try:
             printed = Printed()
             self._glibc, self._pymalloc = GlibcHeap(printed), PyMalloc(printed)
@@ -251,8 +254,10 @@ class Heap:
 
     def save(self) -> None:
         """Add to the budgets; off the tasks' threads, where every microsecond counts."""
-        self._asking.save()
-        self._trimming.save()
+        now = time.perf_counter()
+        self._asking.save(now)
+        self._trimming.save(now)
+        self.ready = self.unknown is None and self._asking.allows
 
     def has_grown(self, seconds: float) -> None:
         """Hear of a task that has grown and how long it took: the next is asked for sooner."""
@@ -265,6 +270,7 @@ class Heap:
         a task's own thread just before the task.
         """
         if self.unknown is not None or not self._asking.allows:
+            self.ready = False
             return None
         for name in PRIVATE_ALLOCATORS:
             if name in sys.modules:

@@ -33,9 +33,6 @@ from dask_memusage_exporter.measure.scopes import FLOOR_BYTES, judge
 FAULT_AROUND = 2**21
 
 
-#: Seconds in which nothing happens that a look would have to tell.
-JUST_NOW = 0.0002
-
 #: So many page faults map less of files than what would be called much.
 FEW_FAULTS = 8
 
@@ -64,7 +61,7 @@ class Look(NamedTuple):
     others: int
     #: Page faults of the event loop's thread.
     faults: int
-    #: See :meth:`Children.reaped`.
+    #: :meth:`Children.reaped` as it was last known: rather too early than too late.
     reaped: int
 
 
@@ -99,6 +96,10 @@ class Bracket:
 
     #: Whatever its maker wants to find again.
     tag: Any = None
+    #: Whether the process had no page fault in the window. Then nothing new has become resident,
+    #: by anybody, and most of what could be asked does not matter.
+    quiet = False
+
     #: The worker's number, set by whoever opens and closes: what it had moved at either end.
     foreign = foreign_after = 0
     #: Its maker's time on the task's thread, to be counted once it is off it.
@@ -152,8 +153,7 @@ class Tracker:
         self._sampler = Sampler(self._tick)
         self._sampler_clock = threads.clock_of(self._sampler.thread.ident)
         self.add_house(self._sampler_clock)
-        #: The last look, on which thread, and when.
-        self._last_look = Look((), 0, 0, 0), 0, 0.0
+        self._reaped = Children.reaped()
         _trackers.add(self)
 
     def add_witness(self, clock: int | None, meaning: str) -> None:
@@ -166,28 +166,13 @@ class Tracker:
         if clock is not None and clock not in self._house:
             self._house.append(clock)
 
-    def look_before(self) -> Look:
-        """Return :meth:`look` for before a task.
-
-        The one after the task before will do, if it was just now: it is earlier, so its window
-        holds more that is not the task's, not less.
-        """
-        if self._heap is not None:
-            self._heap.save()
-        look, thread, when = self._last_look
-        if thread == threading.get_ident() and time.perf_counter() - when < JUST_NOW:
-            return look
-        return self.look()
-
     def look(self) -> Look:
         """Read what surrounds a task, on the event loop."""
         witnesses = tuple(threads.cpu_ns(clock) for clock, _ in self._witnesses)
         faults, loop_ns = threads.own_usage()
         sampler_ns = threads.cpu_ns(self._sampler_clock) or 0
         others = time.process_time_ns() - loop_ns - sampler_ns - _sum(witnesses)
-        look = Look(witnesses, others, faults, Children.reaped())
-        self._last_look = look, threading.get_ident(), time.perf_counter()
-        return look
+        return Look(witnesses, others, faults, self._reaped)
 
     def start(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, on the task's own thread where it has one.
@@ -213,7 +198,7 @@ class Tracker:
         if thread is not None:
             bracket.own_thread = True
             bracket.clock = threads.own_clock()
-            if self._heap is not None:
+            if self._heap is not None and self._heap.ready:
                 bracket.reusable = self._heap.ask()
         children = self._children
         if self._sampler.asleep:
@@ -254,8 +239,8 @@ class Tracker:
                 return False
             try:
                 bracket.faults_after = faults = self._source.faults()
-                # No page fault in the whole window: nothing new was resident, nothing to read.
-                if faults != bracket.faults or not faults:
+                bracket.quiet = faults == bracket.faults and faults > 0
+                if not bracket.quiet:
                     self._faults = faults
                     bracket.gone = max(0, bracket.rss - self._fold(0) - self._children.rss)
             finally:
@@ -265,11 +250,13 @@ class Tracker:
             bracket.changes_after = self._children.changes
         return True
 
-    def settle(self, bracket: Bracket, before: Look, after: Look) -> Window:
+    def settle(self, bracket: Bracket, before: Look) -> Window:
         """Return what a closed bracket has measured, by what surrounded it."""
+        after = before if bracket.quiet else self.look()
+        self._reaped = Children.reaped()
         children_changed = (
             bracket.changes != bracket.changes_after
-            or before.reaped != after.reaped
+            or before.reaped != self._reaped
             or (bracket.peak - bracket.rss > FLOOR_BYTES and self._children.unseen())
         )
         foreign, mapped = self._brought_in(bracket, before, after, children_changed)
@@ -278,12 +265,13 @@ class Tracker:
             # What fell away and was not the worker's was room for the task too.
             reusable += max(0, bracket.gone - foreign)
         offloaded = False
-        for (_, meaning), *used in zip(
-            self._witnesses, before.witnesses, after.witnesses, strict=False
-        ):
-            if _between(*used) > threads.IDLE_NS:
-                offloaded |= meaning == "offload"
-                bracket.overlapped |= meaning == "code"
+        if not bracket.quiet:
+            for (_, meaning), *used in zip(
+                self._witnesses, before.witnesses, after.witnesses, strict=False
+            ):
+                if _between(*used) > threads.IDLE_NS:
+                    offloaded |= meaning == "offload"
+                    bracket.overlapped |= meaning == "code"
         if self._heap is not None and bracket.peak - bracket.rss > FLOOR_BYTES:
             self._heap.has_grown(bracket.stop - bracket.start)
         growth, scope, reason = judge(
