@@ -84,13 +84,16 @@ class Process:
         for member in self.members:
             member.note(open_brackets)
 
-    def look_before(self) -> tuple[Look, int]:
-        """Look before a task, on the event loop: and at what all workers here have moved."""
+    def look_before(self, *, ask: bool) -> tuple[Look, int]:
+        """Look before a task, on the event loop: and at what all workers here have moved.
+
+        ``ask`` is whether to ask the heap before it, if that can be afforded.
+        """
         self.used = True
         moved = 0
         for member in self.members:
             moved += member.traffic.opening()
-        self.heap.save()
+        self.heap.save(worth=ask)
         return self.tracker.look(), moved
 
     def settle(self, bracket: Bracket, before: tuple[Look, int]) -> Window:

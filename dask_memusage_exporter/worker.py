@@ -25,6 +25,7 @@ from dask_memusage_exporter import process, seam
 from dask_memusage_exporter.bootstrap import Bootstrap, ByValue
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.measure import threads
+from dask_memusage_exporter.measure.scopes import FLOOR_BYTES
 from dask_memusage_exporter.measure.tracker import Bracket, Look, Window
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.reporter import Reporter
@@ -42,6 +43,11 @@ _RUNNING = frozenset({"executing", "long-running", "cancelled", "resumed"})
 #: Transitions out of them that end an execution. "released" is none: a task that is asked to be
 #: released while it runs goes on, as "cancelled".
 _ENDS = {"memory": "finished", "error": "erred", "rescheduled": "rescheduled"}
+
+#: Seconds below which a task that did not grow is not worth the question: asking takes as long.
+_BRIEF = 100e-6
+#: So many prefixes are remembered to be of that kind.
+_MOST_BRIEF = 1_000
 
 #: Brackets whose transition never came; more than this is a defect of ours, and bounded.
 _MOST_CLOSED = 10_000
@@ -67,6 +73,8 @@ class WorkerAgent:
         self._without_thread: dict[Key, Bracket | None] = {}
         #: What surrounded each task before it started, and what had come from the scheduler.
         self._before: dict[Key, tuple[Look, int]] = {}
+        #: Prefixes whose last task was so short that the heap is not asked before the next.
+        self._brief: set[str] = set()
         self._seam_fault: str | None = seam.install(worker, self)
         if self._seam_fault is not None:
             self._say_fault()
@@ -197,7 +205,8 @@ class WorkerAgent:
             if bracket is not None:
                 bracket.tag = key
                 self._by_thread[thread] = (bracket, measuring, is_task)
-                bracket.start_seconds = perf_counter() - began
+                bracket.opened = opened = perf_counter()
+                bracket.start_seconds = opened - began
         except Exception as error:
             measuring.health.error("start", error)
 
@@ -208,6 +217,7 @@ class WorkerAgent:
             return
         began = perf_counter()
         bracket, measuring, is_task = opened
+        bracket.seconds = began - bracket.opened
         try:
             if measuring.shut(bracket) and is_task and self._process is measuring:
                 self._closed[key] = bracket
@@ -253,7 +263,8 @@ class WorkerAgent:
 
     def _begins(self, measuring: process.Process, key: Key) -> None:
         """Look before a task; open a bracket here for what has no thread of its own."""
-        self._before[key] = measuring.look_before()
+        prefix = self.worker.state.tasks[key].prefix
+        self._before[key] = measuring.look_before(ask=prefix not in self._brief)
         self.reporter.begins(key)
         if self._seam_fault is not None or not self._has_thread(key):
             brackets = self._without_thread
@@ -291,6 +302,7 @@ class WorkerAgent:
             return
         measuring.spent(bracket)
         window = measuring.settle(bracket, before)
+        self._learn(key, bracket)
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
         record = self._record(key, window, status)
         with measuring.health.guard("send"):
@@ -300,6 +312,16 @@ class WorkerAgent:
             del self._closed[lost]
             self._before.pop(lost, None)
             measuring.health.drop("invalid")
+
+    def _learn(self, key: Key, bracket: Bracket) -> None:
+        """Remember whether the heap matters for tasks of this kind."""
+        task = self.worker.state.tasks.get(key)
+        if task is None:
+            return
+        if bracket.seconds >= _BRIEF or bracket.peak - bracket.rss > FLOOR_BYTES:
+            self._brief.discard(task.prefix)
+        elif len(self._brief) < _MOST_BRIEF:
+            self._brief.add(task.prefix)
 
     def _has_run(self, key: Key, bracket: Bracket) -> bool:
         """Return whether a task got beyond reading its inputs, which may fail."""

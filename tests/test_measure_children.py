@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,15 +177,18 @@ def test_forked_child() -> None:
             block.close()
         finally:
             os._exit(0)
-    children = Children()
-    os.read(ready[0], 1)
-    wait_until(lambda: children.look(own) is not None and children._known)
-    assert children.look(own) < 8 * MIB
-    os.write(go[1], b"x")
-    os.read(ready[0], 1)
-    assert children.look(own) == pytest.approx(64 * MIB, abs=8 * MIB)
-    os.write(done[1], b"x")
-    os.waitpid(pid, 0)
+    try:
+        children = Children()
+        os.read(ready[0], 1)
+        wait_until(lambda: children.look(own) is not None and children._known)
+        assert children.look(own) < 8 * MIB
+        os.write(go[1], b"x")
+        os.read(ready[0], 1)
+        assert children.look(own) == pytest.approx(64 * MIB, abs=8 * MIB)
+        os.write(done[1], b"x")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     held.close()
     for end in (*ready, *go, *done):
         os.close(end)

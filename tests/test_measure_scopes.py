@@ -75,3 +75,11 @@ def test_limit(what: str, growth: int, limit: int) -> None:
 def test_never_negative() -> None:
     """A process that has shrunk has not grown."""
     assert judge(**{**ALONE, "peak_bytes": 0})[0] == 0
+
+
+def test_brief() -> None:
+    """In microseconds nobody fills a megabyte of what the heap had free, asked or not."""
+    brief = {**ALONE, "peak_bytes": ALONE["start_bytes"], "brief": True}
+    for reusable in (None, 100 * MIB):
+        assert judge(**{**brief, "reusable_bytes": reusable}) == (0, "process", None)
+    assert judge(**{**brief, "foreign_bytes": 6 * MIB})[2] == "transfer"

@@ -27,7 +27,7 @@ ASK_SHARE = 0.005
 GROWING_SHARE = 0.015
 #: What is saved up for asking, in seconds: enough for a large heap, spent by a few hundred tasks
 #: that come at once.
-ASK_BURST = 0.01
+ASK_BURST = 0.05
 #: The same for giving memory back, which takes up to 26 ms a time.
 TRIM_BURST = 0.1
 
@@ -252,12 +252,15 @@ class Heap:
         except OSError as error:
             self.unknown = str(error)
 
-    def save(self) -> None:
-        """Add to the budgets; off the tasks' threads, where every microsecond counts."""
+    def save(self, *, worth: bool = True) -> None:
+        """Add to the budgets; off the tasks' threads, where every microsecond counts.
+
+        ``worth`` is whether the answer would matter for the task that comes next.
+        """
         now = time.perf_counter()
         self._asking.save(now)
         self._trimming.save(now)
-        self.ready = self.unknown is None and self._asking.allows
+        self.ready = worth and self.unknown is None and self._asking.allows
 
     def has_grown(self, seconds: float) -> None:
         """Hear of a task that has grown and how long it took: the next is asked for sooner."""

@@ -23,6 +23,8 @@ REASONS = {
 FLOOR_BYTES = 2**20
 #: ... nor up to this share of the growth.
 SHARE = 0.05
+#: In so many seconds a processor fills less than FLOOR_BYTES, were it all in its caches already.
+BRIEF = 30e-6
 
 
 def judge(
@@ -37,6 +39,7 @@ def judge(
     own_thread: bool,
     exact: bool,
     children_changed: bool,
+    brief: bool = False,
 ) -> tuple[int | None, str, str | None]:
     """Return ``(growth_bytes, scope, reason)`` of a window from all that is known of it.
 
@@ -60,6 +63,8 @@ def judge(
         Whether the peak was seen, not sampled.
     children_changed
         Whether child processes came, went or grew in the window.
+    brief
+        Whether it was shorter than :data:`BRIEF`: free memory in the heaps cannot have mattered.
 
     Returns
     -------
@@ -75,7 +80,7 @@ def judge(
     elif offloaded or foreign_bytes > limit:
         reason = "transfer"
     # Where growth is out of the question anyway the heap was not asked, and is not the reason.
-    elif own_thread and exact and (reusable_bytes is None or reusable_bytes > limit):
+    elif own_thread and exact and not brief and (reusable_bytes is None or reusable_bytes > limit):
         reason = "warm_heap"
     elif not own_thread:
         reason = "executor"

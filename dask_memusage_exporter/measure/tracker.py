@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from math import inf
 from typing import Any, NamedTuple
 
 from dask_memusage_exporter.measure import threads
@@ -27,7 +28,7 @@ from dask_memusage_exporter.measure.children import Children
 from dask_memusage_exporter.measure.heap import Heap
 from dask_memusage_exporter.measure.highwater import PAGE, Source
 from dask_memusage_exporter.measure.polling import Sampler
-from dask_memusage_exporter.measure.scopes import FLOOR_BYTES, judge
+from dask_memusage_exporter.measure.scopes import BRIEF, FLOOR_BYTES, judge
 
 #: One page fault maps so much of a file at the most: a large folio of the page cache.
 FAULT_AROUND = 2**21
@@ -102,6 +103,10 @@ class Bracket:
 
     #: The worker's number, set by whoever opens and closes: what it had moved at either end.
     foreign = foreign_after = 0
+    #: When its maker had opened it, in seconds of a clock that nobody sets.
+    opened = 0.0
+    #: How long it was open by that clock; infinite where not known.
+    seconds = inf
     #: Its maker's time on the task's thread, to be counted once it is off it.
     start_seconds = stop_seconds = 0.0
 
@@ -285,6 +290,7 @@ class Tracker:
             own_thread=bracket.own_thread,
             exact=self._source.exact,
             children_changed=children_changed,
+            brief=bracket.seconds < BRIEF,
         )
         return Window(
             bracket.start,
@@ -453,7 +459,7 @@ def _sum(times: Iterable[int | None]) -> int:
 
 def _between(before: int | None, now: int | None) -> float:
     """Return processor time in ns between two looks; infinite where a thread has no clock."""
-    return float("inf") if before is None or now is None else now - before
+    return inf if before is None or now is None else now - before
 
 
 _trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
