@@ -2,7 +2,8 @@
 
 When a worker goes away without having said goodbye, its flight file tells what was running. Its
 nanny reads it if it lives; else the next process that uses the same directory does and reports it
-here. Where neither comes, the last heartbeat is what is known, and it is said to be that.
+here. Where neither comes in time, the last heartbeat is what is known, and it is said to be that;
+who comes later still tells the rest.
 
 Covers: kills by the nanny, by the kernel, by a signal, crashes; with a nanny or without one.
 Does not cover: which of the assigned tasks was executing where no file is ever read and the task
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 import uuid
 from collections import OrderedDict
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dask.typing import Key
 from dask.utils import format_bytes, key_split
+from distributed.core import Status
 from distributed.protocol.pickle import dumps
 from distributed.protocol.serialize import Serialized, deserialize
 
@@ -38,14 +41,17 @@ logger = logging.getLogger("distributed.scheduler.memusage")
 
 #: Values of the label ``cause``.
 CAUSES = ("memory", "signal", "lost")
+#: No cause: the nanny was told to end the process.
+_ORDERED = "ordered"
 
 #: Pauses in seconds between asking the nanny: the scheduler may notice a death before the process
 #: is gone and its lock with it.
 _ASKING = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0)
 #: How long to wait for the next process to report, in seconds.
 _PATIENCE = 20.0
-#: Processes that are remembered once settled, so that none is reported twice.
-_REMEMBERED = 10_000
+#: Processes that are remembered once settled, so that none is reported twice, and of those that
+#: nobody has told of yet what was assigned to them.
+_REMEMBERED, _UNTOLD = 10_000, 100
 
 
 class Home(NamedTuple):
@@ -58,6 +64,7 @@ class Home(NamedTuple):
     state: WorkerState | None
     #: Where its peaks come from.
     source: str | None
+    pid: int | None
 
 
 class Kill(NamedTuple):
@@ -129,14 +136,32 @@ class Kills:
 
 
 class _Death:
+    """A worker that has gone without a word."""
+
     def __init__(self, worker: str, home: Home, processing: set[Key]) -> None:
         self.worker = worker
         self.home = home
         self.processing = processing
-        said = {} if home.state is None else home.state.metrics.get("memusage", {})
+        state = home.state
+        said = {} if state is None else state.metrics.get("memusage") or {}
         self.running = [flight.Flying(*one) for one in said.get("running", ())]
         self.time = time.time()
-        self.wreck: asyncio.Future[flight.Wreck] = asyncio.get_running_loop().create_future()
+        #: Seconds since the last heartbeat.
+        self.silence = 0.0 if state is None else max(0.0, self.time - state.last_seen)
+        self.cause = "lost"
+        #: Keys that have been named.
+        self.named: set[Key] = set()
+        #: Done with what was found; with None where it turns out that the end was in order.
+        self.wreck: asyncio.Future[flight.Wreck | None] = asyncio.get_running_loop().create_future()
+
+        #: When that was.
+        self.told_at = self.time
+
+    def tell(self, wreck: flight.Wreck | None) -> None:
+        """Take what was found, the first time."""
+        if not self.wreck.done():
+            self.told_at = time.time()
+            self.wreck.set_result(wreck)
 
 
 class Deaths:
@@ -146,9 +171,11 @@ class Deaths:
     ----------
     on_kill
         Called once for each task that was killed.
-    on_wreck
-        Called once for each file that was read, with the worker's incarnation and how many records
-        it had made.
+    on_end
+        Called once for each process whose end is known, with its incarnation and how many records
+        it had made, if that is known too.
+    on_error
+        Called with what went wrong in here.
     """
 
     def __init__(
@@ -156,42 +183,73 @@ class Deaths:
         scheduler: Scheduler,
         *,
         on_kill: Callable[[Kill], None],
-        on_wreck: Callable[[str, int], None],
+        on_end: Callable[[str, int | None], None],
+        on_error: Callable[[Exception], None],
     ) -> None:
         self._scheduler = scheduler
-        self._on_kill, self._on_wreck = on_kill, on_wreck
+        self._on_kill, self._on_end, self._on_error = on_kill, on_end, on_error
         self._homes: dict[str, Home] = {}
         self._open: dict[str, _Death] = {}
         self._early: OrderedDict[str, flight.Wreck] = OrderedDict()
-        self._settled: OrderedDict[str, None] = OrderedDict()
+        #: By incarnation; with its death where no file of it has been read.
+        self._settled: OrderedDict[str, _Death | None] = OrderedDict()
         self._memory_kills: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def open(self) -> bool:
+        """Whether there are deaths of which more may become known."""
+        return bool(self._open)
+
     def hello(self, worker: str, home: Mapping[str, Any]) -> None:
         """Take note of a worker's flight file, and of what it found of others."""
-        for raw in home.get("wrecks", ()):
-            self._found(_wreck(raw))
+        state = self._scheduler.workers.get(worker)
         nanny = home.get("nanny")
-        self._homes[worker] = Home(
-            home["directory"],
-            # Without a file there is still the last heartbeat.
-            home.get("incarnation") or uuid.uuid4().hex,
-            nanny,
-            self._scheduler.workers.get(worker),
-            home.get("source"),
-        )
-        if nanny:
-            self._spawn(self._ask(nanny, flight.watch_nanny))
+        if state is not None:  # else it has gone again already
+            self._homes[worker] = Home(
+                str(home.get("directory")),
+                str(home.get("incarnation") or uuid.uuid4().hex),
+                nanny,
+                state,
+                home.get("source"),
+                home.get("pid"),
+            )
+            if nanny:
+                self._spawn(self._ask(nanny, flight.watch_nanny))
+        for raw in home.get("wrecks", ()):
+            self._found(raw)
 
     def source_of(self, worker: str) -> str | None:
         """Return where a worker's peaks come from; None where it has not said."""
         home = self._homes.get(worker)
         return None if home is None else home.source
 
-    def goodbye(self, worker: str) -> str | None:
-        """Take note that a worker ends in order; return its incarnation, if it had a file."""
+    def goodbye(
+        self, worker: str, incarnation: str | None = None, observed: int | None = None
+    ) -> None:
+        """Take note that a worker ends in order, whether it says so itself or its nanny does."""
         home = self._homes.pop(worker, None)
-        return None if home is None else home.incarnation
+        incarnation = incarnation or (None if home is None else home.incarnation)
+        if incarnation is None:
+            return
+        death = self._open.get(incarnation)
+        if death is not None:
+            death.tell(None)
+        self._in_order(incarnation, observed)
+
+    def _in_order(self, incarnation: str, observed: int | None) -> None:
+        early = self._early.pop(incarnation, None)
+        if incarnation not in self._settled:
+            self._remember(incarnation, None)
+        self._on_end(incarnation, early.observed if early is not None else observed)
+
+    def _remember(self, incarnation: str, death: _Death | None) -> None:
+        self._settled[incarnation] = death
+        while len(self._settled) > _REMEMBERED:
+            self._settled.popitem(last=False)
+        untold = [one for one, death in self._settled.items() if death is not None]
+        for one in untold[:-_UNTOLD]:
+            self._settled[one] = None
 
     def event(self, topic: str, message: Any) -> None:
         """Hear the scheduler's events (``SchedulerPlugin.log_event``)."""
@@ -205,7 +263,12 @@ class Deaths:
         elif topic == "all" and message.get("action") == "remove-worker":
             worker = str(message.get("worker"))
             home = self._homes.pop(worker, None)
-            if home is None or message.get("expected"):
+            if home is None:
+                self._memory_kills.pop(worker, None)
+                return
+            retired = home.state is not None and home.state.status == Status.closing_gracefully
+            if message.get("expected") or retired:
+                self._in_order(home.incarnation, None)
                 return
             death = _Death(worker, home, set(message.get("processing-tasks", ())))
             self._open[home.incarnation] = death
@@ -243,9 +306,26 @@ class Deaths:
 
     async def _settle(self, death: _Death) -> None:
         home = death.home
+        try:
+            wreck = await self._wreck_of(death)
+            in_order = death.wreck.done() and wreck is None
+            death.cause = await self._cause_of(death, wreck)
+            if in_order or death.cause == _ORDERED:
+                self._in_order(home.incarnation, None if wreck is None else wreck.observed)
+            else:
+                self._remember(home.incarnation, death if wreck is None else None)
+                self._report(death, wreck)
+        except Exception as error:
+            self._on_error(error)
+        finally:
+            self._open.pop(home.incarnation, None)
+
+    async def _wreck_of(self, death: _Death) -> flight.Wreck | None:
+        """Return what was found of a process; None where nobody has read its file in time."""
+        home = death.home
         early = self._early.pop(home.incarnation, None)
         if early is not None:
-            death.wreck.set_result(early)
+            death.tell(early)
         for pause in _ASKING if home.nanny else ():
             if death.wreck.done():
                 break
@@ -259,84 +339,109 @@ class Deaths:
             )
             if wrecks is None:
                 break
-            if wrecks and not death.wreck.done():
-                death.wreck.set_result(_wreck(wrecks[0]))
+            if wrecks:
+                death.tell(_wreck(wrecks[0]))
         try:
-            wreck = await asyncio.wait_for(asyncio.shield(death.wreck), _PATIENCE)
+            return await asyncio.wait_for(asyncio.shield(death.wreck), _PATIENCE)
         except asyncio.TimeoutError:
-            wreck = None
-        exit_code = None
-        # The nanny hears of the exit a moment after the kernel has let the file's lock go.
-        pid = None if wreck is None else wreck.process["pid"]
-        for pause in _ASKING if home.nanny and pid is not None else ():
-            await asyncio.sleep(pause)
-            exit_code = await self._ask(home.nanny, flight.exit_code_here, pid)
-            if exit_code is not None:
-                break
-        self._open.pop(home.incarnation, None)
-        self._settled[home.incarnation] = None
-        while len(self._settled) > _REMEMBERED:
-            self._settled.popitem(last=False)
-        self._report(death, wreck, exit_code)
+            return None
 
-    def _found(self, wreck: flight.Wreck) -> None:
+    async def _cause_of(self, death: _Death, wreck: flight.Wreck | None) -> str:
+        """Return one of :data:`CAUSES`, or :data:`_ORDERED`."""
+        if death.time - self._memory_kills.get(death.worker, (0.0, 0))[0] < 60:
+            return "memory"  # the nanny has said so
+        home, ended = death.home, None
+        # The nanny hears of the exit a moment after the kernel has let the file's lock go.
+        for pause in _ASKING if home.nanny and home.pid is not None else ():
+            await asyncio.sleep(pause)
+            ended = await self._ask(home.nanny, flight.exit_here, home.pid)
+            if ended is not None:
+                break
+        code, ordered = ended or (None, False)
+        if ordered:
+            return _ORDERED
+        if wreck is not None and wreck.oom_kills and code in (None, -signal.SIGKILL):
+            return "memory"
+        return "signal" if code is not None and code < 0 else "lost"
+
+    def _found(self, raw: Sequence[Any]) -> None:
         """Take a wreck that the next process has read."""
+        try:
+            self._tell(_wreck(raw))
+        except Exception as error:  # of another version: the others are told all the same
+            self._on_error(error)
+
+    def _tell(self, wreck: flight.Wreck) -> None:
         incarnation = wreck.process["incarnation"]
         death = self._open.get(incarnation)
-        if death is not None and not death.wreck.done():
-            death.wreck.set_result(wreck)
-        elif death is None and incarnation not in self._settled:
+        if death is not None:
+            death.tell(wreck)
+        elif incarnation in self._settled:
+            late, self._settled[incarnation] = self._settled[incarnation], None
+            if late is None:
+                self._on_end(incarnation, wreck.observed)
+            else:  # it has come at last
+                late.told_at = time.time()
+                self._report(late, wreck)
+        else:
             # It is back before the scheduler has noticed that it was gone.
             self._early[incarnation] = wreck
             while len(self._early) > _REMEMBERED:
                 self._early.popitem(last=False)
 
-    def _report(self, death: _Death, wreck: flight.Wreck | None, exit_code: int | None) -> None:
+    def _report(self, death: _Death, wreck: flight.Wreck | None) -> None:
         memory_at, memory_rss = self._memory_kills.pop(death.worker, (0.0, 0))
-        by_nanny = death.time - memory_at < 60
-        signalled = exit_code is not None and exit_code < 0
-        if by_nanny or (wreck is not None and wreck.oom_kills):
-            cause = "memory"
-        else:
-            cause = "signal" if signalled else "lost"
-        if wreck is not None:
-            self._on_wreck(death.home.incarnation, wreck.observed)
-            tasks, source = wreck.tasks, "flight"
-        else:
-            tasks, source = death.running, "heartbeat"
-        by_text = {flight.text_of(key): key for key in death.processing}
+        self._on_end(death.home.incarnation, None if wreck is None else wreck.observed)
+        keys = {flight.digest_of(key): key for key in death.processing}
+        tasks = death.running if wreck is None else wreck.tasks
         for task in tasks:
-            key = by_text.get(task.key, task.key)
-            if source == "heartbeat" and key not in death.processing:
+            key = keys.get(task.digest, task.key)
+            if wreck is None and task.digest not in keys:
                 continue  # it had ended since
+            if key in death.named:
+                continue
+            death.named.add(key)
+            peak = task.peak_bytes
+            if wreck is None:
+                age = death.silence
+            else:
+                # All by the clock of the worker's machine, but for how long the file lay there.
+                age = wreck.read_at - task.peak_time - max(0.0, death.told_at - death.time)
             # The nanny has seen the process's RSS last, and knows nothing of tasks: with one task
             # it is that task's window.
-            peak, seen = task.peak_bytes, task.peak_time
-            if by_nanny and memory_rss > peak:
-                peak, seen = memory_rss, memory_at
+            if memory_rss > peak:
+                peak, age = memory_rss, death.time - memory_at
             self._on_kill(
                 Kill(
                     key=key,
                     prefix=key_split(key),
-                    cause=cause,
+                    cause=death.cause,
                     worker=death.worker,
                     time=death.time,
                     peak_bytes=peak or None,
-                    peak_age=max(0.0, death.time - seen) if peak else None,
+                    peak_age=max(0.0, age) if peak else None,
                     start=task.start or None,
                     start_bytes=task.start_bytes or None,
                     concurrency=max(task.concurrency, len(tasks)),
-                    known_from=source,
+                    known_from="heartbeat" if wreck is None else "flight",
                 )
             )
-        if not tasks and death.processing:
+        if wreck is None and death.processing and not death.named:
             logger.warning(
                 "dask-memusage: worker %s died (%s). Which of the %d tasks that were assigned to "
-                "it was executing is not known%s",
+                "it were executing is not known: nobody has read its flight file yet, and its last "
+                "heartbeat names none",
                 death.worker,
-                cause,
+                death.cause,
                 len(death.processing),
-                ": no flight file was read" if wreck is None else ": none was",
+            )
+        if wreck is not None and wreck.left_out:
+            logger.warning(
+                "dask-memusage: worker %s died (%s) with more tasks at once than its flight file "
+                "holds: %d are not named",
+                death.worker,
+                death.cause,
+                wreck.left_out,
             )
 
 

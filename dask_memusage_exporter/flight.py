@@ -3,47 +3,55 @@
 A worker that is killed says nothing any more. So it keeps a small file, mapped into its memory:
 which tasks run, since when and how high, and how many records it has made and sent. The pages
 belong to the kernel, so the file is whole after any kill that the machine survives. It is written
-on the event loop when a task is handed to its thread, before the task's code runs: a task that
-holds the GIL until the end stands in it. Peaks are updated by the sampler, every 10 ms while the
-GIL is free; their age is kept with them.
+on the event loop when a task is handed over, and on its own thread, one byte, right before and
+after the task's code runs: a task that holds the GIL until the end stands in it, and one that only
+waits for a thread does not. Peaks are updated by the sampler, every 10 ms while the GIL is free;
+their age is kept with them.
 
 Whoever comes after reads it: the nanny, or the next process that uses the same directory. A living
 process holds a lock on its file (flock(2)), which the kernel lets go with the process, in any
 container and pid namespace that shares the directory.
 
-Covers: executing tasks and actor calls of one process, the cgroup's count of OOM kills at its
-start, counts of records.
-Does not cover: a machine that is lost with its disk, and a directory that nobody reads again.
+Covers: executing tasks of one process, the cgroup's count of OOM kills at its start, counts of
+records.
+Does not cover: actor calls, a machine that is lost with its disk, and a directory that nobody reads
+again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
+import hashlib
 import json
 import mmap
 import os
 import struct
 import tempfile
 import time
-import uuid
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SUFFIX = ".flight"
-_MAGIC = b"dask-memusage flight 1\n"
+_MAGIC = b"dask-memusage flight 2\n"
 
 #: Bytes for the description of the process, as JSON.
 _HEADER = 4096
-#: Records observed and sent, right behind the magic.
+#: Records made so far, and tasks for which there is no slot now, right behind the magic.
 _COUNTS = struct.Struct("<QQ")
-#: A slot: in use, key's length, start, time of the peak, RSS at the start, peak, concurrency.
-_SLOT = struct.Struct("<BHddQQH")
+#: A slot: its state; the key's digest and length; then what changes while the task runs: start,
+#: time of the peak, RSS at the start, peak, concurrency.
+_HEAD = struct.Struct("<B8sH")
+_FIELDS = struct.Struct("<ddQQH")
 _SLOT_BYTES = 1024
-_KEY_BYTES = _SLOT_BYTES - _SLOT.size
-#: Tasks that can stand in the file at once; more than these are left out.
-SLOTS = 128
+_KEY_AT = _HEAD.size + _FIELDS.size
+_KEY_BYTES = _SLOT_BYTES - _KEY_AT
+#: States of a slot.
+_FREE, _WAITS, _RUNS = 0, 1, 2
+#: Tasks that can stand in the file at once; more than these are only counted.
+SLOTS = 256
 
 #: Files of other schedulers are swept away when nobody has claimed them for so long.
 STALE_SECONDS = 7 * 86_400
@@ -62,6 +70,8 @@ class Flying(NamedTuple):
     peak_time: float
     #: The most tasks in the process at once so far.
     concurrency: int
+    #: See :func:`digest_of`: other keys may have the same text.
+    digest: bytes = b""
 
 
 class Wreck(NamedTuple):
@@ -70,11 +80,14 @@ class Wreck(NamedTuple):
     #: See :meth:`FlightFile.__init__`.
     process: dict[str, Any]
     tasks: list[Flying]
-    #: Records that it had made, and those of them that it had handed to its stream.
+    #: Records that it had made.
     observed: int
-    sent: int
+    #: Tasks that were handed over and for which there was no slot.
+    left_out: int
     #: OOM kills in its cgroup since it started; None: not known.
     oom_kills: int | None
+    #: When the file was read, in seconds since the epoch by the clock of the same machine.
+    read_at: float
 
 
 def text_of(key: object) -> str:
@@ -83,6 +96,12 @@ def text_of(key: object) -> str:
     if text.isascii():
         return text[:_KEY_BYTES]
     return text.encode("utf-8", "replace")[:_KEY_BYTES].decode("utf-8", "ignore")
+
+
+def digest_of(key: object) -> bytes:
+    """Return what tells a key from all others, of whatever type and length."""
+    text = repr(key).encode("utf-8", "backslashreplace")
+    return hashlib.blake2b(text, digest_size=8).digest()
 
 
 class FlightFile:
@@ -94,7 +113,7 @@ class FlightFile:
         Made if it is not there, for this user only.
     process
         What whoever reads the file must know: plain types, up to about 3 kB as JSON. The file adds
-        ``incarnation`` (unique), ``pid``, ``started`` and ``oom_kills``.
+        ``pid``, ``started``, ``cgroup`` and ``oom_kills``; ``incarnation`` is its unique name.
 
     Raises
     ------
@@ -104,9 +123,11 @@ class FlightFile:
 
     def __init__(self, directory: str, process: dict[str, Any]) -> None:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        self.incarnation = uuid.uuid4().hex
-        self.path = os.path.join(directory, self.incarnation + SUFFIX)
+        self.path = os.path.join(directory, process["incarnation"] + SUFFIX)
         self._free = list(range(SLOTS - 1, -1, -1))
+        #: Whose each slot is, so that a late update does not go into another's.
+        self._owners: list[object] = [None] * SLOTS
+        self._observed = self._left_out = 0
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
@@ -124,9 +145,9 @@ class FlightFile:
         """Write what the process is, anew."""
         full = {
             **process,
-            "incarnation": self.incarnation,
             "pid": os.getpid(),
             "started": time.time(),
+            "cgroup": cgroup(),
             "oom_kills": oom_kills(),
         }
         text = json.dumps(full).encode()
@@ -137,40 +158,59 @@ class FlightFile:
         self._map[start:_HEADER] = text.ljust(room)
         self._map[: len(_MAGIC)] = _MAGIC
 
-    def begin(self, key: str, start: float) -> int | None:
-        """Note that a task executes; return its slot, or None where there is none left.
-
-        ``key`` is as :func:`text_of` returns it.
-        """
+    def begin(self, key: object, start: float) -> int | None:
+        """Note that a task is handed over; return its slot, or None where there is none left."""
         if not self._free:
+            self.left_out(self._left_out + 1)
             return None
         slot = self._free.pop()
-        raw = key.encode()
+        raw = text_of(key).encode()
         at = _HEADER + slot * _SLOT_BYTES
-        self._map[at + _SLOT.size : at + _SLOT.size + len(raw)] = raw
-        _SLOT.pack_into(self._map, at, 1, len(raw), start, 0.0, 0, 0, 1)
+        self._map[at + _KEY_AT : at + _KEY_AT + len(raw)] = raw
+        _FIELDS.pack_into(self._map, at + _HEAD.size, start, 0.0, 0, 0, 1)
+        self._owners[slot] = key
+        _HEAD.pack_into(self._map, at, _WAITS, digest_of(key), len(raw))
         return slot
 
-    def update(
-        self, slot: int, *, start: float, start_bytes: int, peak_bytes: int, concurrency: int
-    ) -> None:
-        """Note how high a task has been, as of now."""
-        at = _HEADER + slot * _SLOT_BYTES
-        used, length, *_ = _SLOT.unpack_from(self._map, at)
-        if used:
-            _SLOT.pack_into(
-                self._map, at, 1, length, start, time.time(), start_bytes, peak_bytes,
-                min(concurrency, 0xFFFF),
-            )  # fmt: skip
+    def runs(self, slot: int, runs: bool) -> None:
+        """Note that the task's own code begins to run, or has ended. On the task's thread."""
+        self._map[_HEADER + slot * _SLOT_BYTES] = _RUNS if runs else _WAITS
 
-    def end(self, slot: int) -> None:
-        """Note that a task executes no longer."""
-        self._map[_HEADER + slot * _SLOT_BYTES] = 0
+    def update(
+        self,
+        slot: int,
+        key: object,
+        *,
+        start: float,
+        start_bytes: int,
+        peak_bytes: int,
+        concurrency: int,
+    ) -> None:
+        """Note how high a task has been, as of now; nothing where the slot is another's by now."""
+        at = _HEADER + slot * _SLOT_BYTES + _HEAD.size
+        fields = (start, time.time(), start_bytes, peak_bytes, min(concurrency, 0xFFFF))
+        # Another thread may get its turn after any call: none stands between these two.
+        if self._owners[slot] is key:
+            _FIELDS.pack_into(self._map, at, *fields)
+
+    def end(self, slot: int | None) -> None:
+        """Note that a task is over; None is one that had no slot."""
+        if slot is None:
+            self.left_out(self._left_out - 1)
+            return
+        self._owners[slot] = None
+        self._map[_HEADER + slot * _SLOT_BYTES] = _FREE
         self._free.append(slot)
 
-    def count(self, observed: int, sent: int) -> None:
-        """Note how many records there have been, and how many of them were sent."""
-        _COUNTS.pack_into(self._map, len(_MAGIC), observed, sent)
+    def count(self, observed: int) -> None:
+        """Note how many records there have been."""
+        self._observed = observed
+        _COUNTS.pack_into(self._map, len(_MAGIC), observed, self._left_out)
+
+    def left_out(self, tasks: int) -> None:
+        """Note how many tasks there are for which there is no slot."""
+        self._left_out = tasks
+        _COUNTS.pack_into(self._map, len(_MAGIC), self._observed, tasks)
 
     def close(self) -> None:
         """Take the file away: the process ends in order and leaves nothing untold."""
@@ -179,7 +219,7 @@ class FlightFile:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the file without taking it away (in a forked child)."""
+        """Let go of the file without taking it away: somebody else is to read it."""
         if self._fd >= 0:
             self._map.close()
             os.close(self._fd)
@@ -251,8 +291,10 @@ def _read(path: Path, scheduler_id: str) -> Wreck | None:
                 path.unlink()
             return None
         path.unlink()
-        observed, sent = _COUNTS.unpack_from(raw, len(_MAGIC))
-        return Wreck(process, _tasks(raw), observed, sent, _oom_kills_since(process))
+        observed, left_out = _COUNTS.unpack_from(raw, len(_MAGIC))
+        return Wreck(
+            process, _tasks(raw), observed, left_out, _oom_kills_since(process), time.time()
+        )
     finally:
         os.close(fd)
 
@@ -260,13 +302,25 @@ def _read(path: Path, scheduler_id: str) -> Wreck | None:
 def _tasks(raw: bytes) -> list[Flying]:
     tasks = []
     for at in range(_HEADER, len(raw), _SLOT_BYTES):
-        used, length, start, peak_time, start_bytes, peak_bytes, concurrency = _SLOT.unpack_from(
-            raw, at
-        )
-        if used:
-            key = raw[at + _SLOT.size : at + _SLOT.size + length].decode("utf-8", "replace")
-            tasks.append(Flying(key, start, start_bytes, peak_bytes, peak_time, concurrency))
+        state, digest, length = _HEAD.unpack_from(raw, at)
+        if state == _RUNS:
+            start, peak_time, start_bytes, peak_bytes, concurrency = _FIELDS.unpack_from(
+                raw, at + _HEAD.size
+            )
+            key = raw[at + _KEY_AT : at + _KEY_AT + length].decode("utf-8", "replace")
+            tasks.append(
+                Flying(key, start, start_bytes, peak_bytes, peak_time, concurrency, digest)
+            )
     return tasks
+
+
+def cgroup() -> str | None:
+    """Return what tells this process's cgroup from all others; None where there is none (v2)."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+        return f"{group} {os.stat(Path('/sys/fs/cgroup', group.lstrip('/'))).st_ino}"
+    except OSError:
+        return None
 
 
 def oom_kills() -> int | None:
@@ -285,34 +339,70 @@ def oom_kills() -> int | None:
 
 
 def _oom_kills_since(process: dict[str, Any]) -> int | None:
-    before, now = process.get("oom_kills"), oom_kills()
-    # A container that was restarted has a new cgroup, whose count begins at 0 again.
-    return None if before is None or now is None else max(0, now - before)
+    before: int | None = process.get("oom_kills")
+    now = oom_kills()
+    # Who reads may be in another cgroup: a container that was started anew has a new one.
+    if before is None or now is None or process.get("cgroup") != cgroup():
+        return None
+    return max(0, now - before)
+
+
+# -- in the nanny ----------------------------------------------------------------------
+
+
+class _Watch:
+    """What is known of one ``WorkerProcess``, which a nanny keeps for all its worker processes."""
+
+    def __init__(self) -> None:
+        self.pid: int | None = None
+        #: Whether the nanny itself ends the process, because somebody has asked for it.
+        self.ordered = False
+
+
+#: Of the worker processes of a nanny: exit code, and whether the nanny had ended it in order.
+_exits: dict[int, tuple[int, bool]] = {}
+
+#: Seconds that telling the scheduler may take before a worker is ended in order.
+_TELLING = 0.5
 
 
 def watch_nanny(dask_worker: Any) -> None:
-    """Note how the worker process of a nanny ends; runs in the nanny (``Nanny.run``).
+    """Note how the worker processes of a nanny end; runs in the nanny (``Nanny.run``).
 
-    ``WorkerProcess.on_exit`` is called with the exit code, which nobody keeps.
+    ``WorkerProcess.on_exit`` is called with the exit code, which nobody keeps. ``kill`` is called
+    for all ends that somebody has ordered (scaling down, restarting, SIGTERM), and not where the
+    nanny kills for memory. A worker that holds the GIL cannot say goodbye then: the nanny does.
     """
-    process = dask_worker.process
-    if process is None or getattr(process.on_exit, "of_memusage", False):
+    nanny, process = dask_worker, dask_worker.process
+    if process is None:
         return
-    pid, before = process.pid, process.on_exit
+    known = getattr(process.on_exit, "of_memusage", None)
+    if known is not None:
+        known.pid = process.pid  # the object stays when the process is started anew
+        return
+    watch = _Watch()
+    watch.pid = process.pid
+    before_exit, before_kill = process.on_exit, process.kill
 
     def on_exit(code: int) -> None:
-        _exits[pid] = code
+        if watch.pid is not None:
+            _exits[watch.pid] = code, watch.ordered
+        watch.ordered = False
         while len(_exits) > 100:
             del _exits[next(iter(_exits))]
-        if before is not None:
-            before(code)
+        if before_exit is not None:
+            before_exit(code)
 
-    on_exit.of_memusage = True  # type: ignore[attr-defined]
-    process.on_exit = on_exit
+    async def kill(*args: Any, **kwargs: Any) -> Any:
+        if process.pid is not None:
+            watch.ordered = True
+            with contextlib.suppress(Exception):  # the scheduler may be gone, or lack the handler
+                leaving = nanny.scheduler.memusage_leaving(worker=nanny.worker_address)
+                await asyncio.wait_for(leaving, _TELLING)
+        return await before_kill(*args, **kwargs)
 
-
-#: Exit codes of worker processes that ended under a nanny of this process, by pid.
-_exits: dict[int, int] = {}
+    on_exit.of_memusage = watch  # type: ignore[attr-defined]
+    process.on_exit, process.kill = on_exit, kill
 
 
 def salvage_here(directory: str, scheduler_id: str, incarnation: str) -> list[Any]:
@@ -320,6 +410,6 @@ def salvage_here(directory: str, scheduler_id: str, incarnation: str) -> list[An
     return [tuple(wreck) for wreck in salvage(directory, scheduler_id, incarnation)]
 
 
-def exit_code_here(pid: int) -> int | None:
+def exit_here(pid: int) -> tuple[int, bool] | None:
     """Return how a worker process ended, once its nanny knows; runs in the nanny."""
     return _exits.get(pid)

@@ -11,8 +11,11 @@ Does not cover: actors' methods, in the flight file: that one is over is not alw
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,11 @@ if TYPE_CHECKING:
 #: Operations of the worker's stream; the scheduler's handlers are in ``scheduler``.
 RECORDS_OP, BATCH_OP = "memusage-records", "memusage-batch"
 HELLO_OP, GOODBYE_OP = "memusage-hello", "memusage-goodbye"
+#: A handler of the scheduler's: goodbye by whoever can still say it.
+LEAVING_OP = "memusage_leaving"
+
+#: Seconds that a worker's goodbye may take where its stream is broken.
+_LEAVING = 1.0
 
 
 class Reporter:
@@ -47,9 +55,13 @@ class Reporter:
         #: Whether the scheduler wants single records too.
         self.rows = False
         self._flight: flight.FlightFile | None = None
-        self._slots: dict[Key, int] = {}
-        #: Records made, and handed to the stream in batches.
-        self._observed = self._sent = 0
+        self._incarnation = uuid.uuid4().hex
+        #: Batches that the stream did not take.
+        self._unsent: list[dict[str, Any]] = []
+        #: What executes, with its slot in the flight file, if it has one.
+        self._slots: dict[Key, int | None] = {}
+        #: Records made.
+        self._observed = 0
 
     @property
     def heard(self) -> bool:
@@ -74,7 +86,7 @@ class Reporter:
         self._batch.observe(record)
         self._observed += 1
         if self._flight is not None:
-            self._flight.count(self._observed, self._sent)
+            self._flight.count(self._observed)
         if not self._flush_waits:
             self._flush_waits = True
             self._worker.loop.call_later(self._interval(), self._flush_later)
@@ -93,47 +105,67 @@ class Reporter:
             process.aggregate.add(tallies)
         if not self.heard or not records:
             return
-        told = self._send(
-            BATCH_OP,
-            incarnation=self._flight.incarnation if self._flight is not None else None,
-            records=records,
-            buckets=len(process.settings.buckets),
-            prefixes=tallies,
-            health=process.health.rises(),
-        )
-        if told:
-            self._sent += records
-            if self._flight is not None:
-                self._flight.count(self._observed, self._sent)
-        elif not self.rows:
-            self._drop(records)
+        message = {
+            "incarnation": self._incarnation,
+            "records": records,
+            "buckets": len(process.settings.buckets),
+            "prefixes": tallies,
+            "health": process.health.rises(),
+        }
+        if not self._send(BATCH_OP, **message):
+            self._unsent.append(message)
 
-    def goodbye(self) -> None:
+    async def goodbye(self) -> None:
         """Send what is left and take the flight file away: the worker ends in order."""
+        self.end_all()
         self.flush()
-        if self.heard:
-            self._send(GOODBYE_OP)
+        if not self.heard:
+            return
+        parting = {"incarnation": self._incarnation, "observed": self._observed}
+        told = not self._unsent and self._send(GOODBYE_OP, **parting)
+        if not told:
+            # The stream is broken, or was for a while: by a connection of its own.
+            leaving = getattr(self._worker.scheduler, LEAVING_OP)(
+                worker=self._worker.address, batches=self._unsent, **parting
+            )
+            with contextlib.suppress(Exception):  # it may be gone too
+                await asyncio.wait_for(leaving, _LEAVING)
+                told = True
         if self._flight is not None:
-            self._flight.close()
+            # Who reads it then counts what was lost.
+            self._flight.close() if told else self._flight.forget()
             self._flight = None
         self._scheduler_id = None
 
     # -- the flight file -----------------------------------------------------------------
 
-    def begins(self, key: Key) -> None:
-        """Note that a task executes, where there is a slot left."""
-        if self._flight is None:
-            return
+    def begins(self, key: Key, *, runs: bool) -> None:
+        """Note that a task is handed over; ``runs`` where it has no thread that will say when."""
         self.ends(key)
-        slot = self._flight.begin(flight.text_of(key), time.time())
-        if slot is not None:
-            self._slots[key] = slot
+        slot = None
+        if self._flight is not None:
+            slot = self._flight.begin(key, time.time())
+            if slot is not None and runs:
+                self._flight.runs(slot, True)
+        self._slots[key] = slot
+
+    def runs(self, key: Key, runs: bool) -> None:
+        """Note that a task's own code begins to run, or has ended. On the task's thread."""
+        slot = self._slots.get(key)
+        if slot is not None and self._flight is not None:
+            self._flight.runs(slot, runs)
 
     def ends(self, key: Key) -> None:
-        """Note that it executes no longer."""
-        slot = self._slots.pop(key, None)
-        if slot is not None and self._flight is not None:
-            self._flight.end(slot)
+        """Note that it is over."""
+        if key in self._slots:
+            slot = self._slots.pop(key)
+            if self._flight is not None:
+                self._flight.end(slot)
+
+    def end_all(self) -> None:
+        """Note that nothing is measured any more."""
+        for key in list(self._slots):
+            self.ends(key)
 
     def note(self, open_brackets: Iterable[Bracket]) -> None:
         """Note how high tasks are; their tags are their keys. On the sampler's thread."""
@@ -145,6 +177,7 @@ class Reporter:
             if slot is not None:
                 flight_file.update(
                     slot,
+                    bracket.tag,
                     start=bracket.start,
                     start_bytes=bracket.rss,
                     peak_bytes=bracket.peak,
@@ -153,14 +186,19 @@ class Reporter:
 
     def running(self, brackets: Iterable[Bracket | None]) -> list[tuple[Any, ...]]:
         """Return what runs now, for the heartbeat; each as :class:`flight.Flying`."""
-        by_key = {bracket.tag: bracket for bracket in brackets if bracket is not None}
         now = time.time()
         return [
             flight.Flying(
-                flight.text_of(key), b.start, b.rss, b.peak, now, concurrency=b.concurrency
+                flight.text_of(one.tag),
+                one.start,
+                one.rss,
+                one.peak,
+                now,
+                one.concurrency,
+                flight.digest_of(one.tag),
             )
-            for key in list(self._slots)
-            if (b := by_key.get(key)) is not None
+            for one in brackets
+            if one is not None and one.tag in self._slots
         ]
 
     def _say_hello(self, process: Process) -> None:
@@ -173,6 +211,9 @@ class Reporter:
             "directory": directory,
             "nanny": self._worker.nanny,
             "source": process.source_name,
+            "pid": os.getpid(),
+            # Known by this on the scheduler, with a file or without.
+            "incarnation": self._incarnation,
         }
         try:
             wrecks = flight.salvage(directory, scheduler_id)
@@ -180,19 +221,19 @@ class Reporter:
             self._flight = flight.FlightFile(
                 directory,
                 {
+                    "incarnation": self._incarnation,
                     "scheduler_id": scheduler_id,
                     "worker": self._worker.address,
                     "nanny": self._worker.nanny,
                 },
             )
-            hello["incarnation"] = self._flight.incarnation
         except OSError as error:
             mend = "give a directory with room that the worker may write to as memusage.flight-"
             error.strerror = (
                 f"{error.strerror}; what it ran cannot be told if it dies; {mend}directory"
             )
             process.health.error("send", error)
-        self._send(HELLO_OP, home=hello)
+        self._send(HELLO_OP, home=hello, health=process.health.rises())
 
     # -- sending -------------------------------------------------------------------------
 

@@ -28,13 +28,16 @@ from dask_memusage_exporter.exporters.csv_file import CsvFile
 from dask_memusage_exporter.exporters.recordings import START_OP, STOP_OP, RecordingSink
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.records import from_row
-from dask_memusage_exporter.reporter import BATCH_OP, GOODBYE_OP, HELLO_OP, RECORDS_OP
+from dask_memusage_exporter.reporter import BATCH_OP, GOODBYE_OP, HELLO_OP, LEAVING_OP, RECORDS_OP
 from dask_memusage_exporter.worker import EXTENSION
 
 if TYPE_CHECKING:
     from distributed import Scheduler
 
 logger = logging.getLogger("distributed.scheduler.memusage")
+
+#: Seconds for which it is remembered what workers that have gone had reported.
+_LATE = 3600
 
 
 class SchedulerAgent:
@@ -51,8 +54,14 @@ class SchedulerAgent:
             wanted=settings.wants,
         )
         self.kills = Kills(self.aggregate)
-        self.deaths = Deaths(scheduler, on_kill=self._on_kill, on_wreck=self._on_wreck)
-        #: Records that each living worker has reported in batches, by incarnation.
+        self.deaths = Deaths(
+            scheduler,
+            on_kill=self._on_kill,
+            on_end=self._on_end,
+            on_error=lambda error: self.health.error("record", error),
+        )
+        #: Records that workers have reported in batches, by incarnation: of those that live, and of
+        #: those that have gone for a while.
         self._received: dict[str, int] = {}
         self._recordings: dict[str, RecordingSink] = {}
         self._flush_waits = False
@@ -66,6 +75,7 @@ class SchedulerAgent:
         self.scheduler.stream_handlers[BATCH_OP] = self.handle_batch
         self.scheduler.stream_handlers[HELLO_OP] = self.handle_hello
         self.scheduler.stream_handlers[GOODBYE_OP] = self.handle_goodbye
+        self.scheduler.handlers[LEAVING_OP] = self.handle_leaving
         self.scheduler.handlers[START_OP] = self.start_recording
         self.scheduler.handlers[STOP_OP] = self.stop_recording
         self.scheduler.add_plugin(_Events(self.deaths), name=_Events.name)
@@ -132,16 +142,37 @@ class SchedulerAgent:
                 )
             self.aggregate.add(prefixes)
 
-    def handle_hello(self, worker: str = "", home: Any = None, **_: Any) -> None:
+    def handle_hello(
+        self,
+        worker: str = "",
+        home: Any = None,
+        health: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
         """Take note of a worker that reports."""
         with self.health.guard("record"):
             self.deaths.hello(worker, home or {})
+            self.health.add(health or {})
 
-    def handle_goodbye(self, worker: str = "", **_: Any) -> None:
+    def handle_goodbye(
+        self,
+        worker: str = "",
+        incarnation: str | None = None,
+        observed: int | None = None,
+        **_: Any,
+    ) -> None:
         """Take note of a worker that ends in order."""
         with self.health.guard("record"):
-            incarnation = self.deaths.goodbye(worker)
-            self._received.pop(incarnation or "", None)
+            self.deaths.goodbye(worker, incarnation, observed)
+
+    async def handle_leaving(
+        self, worker: str = "", batches: Iterable[Mapping[str, Any]] = (), **parting: Any
+    ) -> None:
+        """Hear the same by a connection of its own: where the stream is broken, or of a nanny."""
+        for batch in batches:
+            self.handle_batch(worker=worker, **batch)
+        parting.pop("comm", None)
+        self.handle_goodbye(worker=worker, **parting)
 
     async def start_recording(self) -> str:
         """Keep all records from now on; return the token to fetch them by. Called by a client."""
@@ -170,8 +201,11 @@ class SchedulerAgent:
             EXTENSION, {"action": "killed", "message": line, **kill._asdict(), "key": str(kill.key)}
         )
 
-    def _on_wreck(self, incarnation: str, observed: int) -> None:
-        """Count what a dead worker had measured and could not report any more."""
+    def _on_end(self, incarnation: str, observed: int | None) -> None:
+        """Count what a process that has ended had measured and could not report any more."""
+        if observed is None:  # somebody may still tell
+            self.scheduler.loop.call_later(_LATE, self._received.pop, incarnation, None)
+            return
         lost = observed - self._received.pop(incarnation, 0)
         if lost > 0:
             self.health.drop("worker_gone", lost)

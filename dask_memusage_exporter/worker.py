@@ -118,6 +118,7 @@ class WorkerAgent:
                     measuring.tracker.abandon(bracket)
             for open_or_closed in (self._without_thread, self._before, self._closed):
                 open_or_closed.clear()
+            self.reporter.end_all()
 
     def release(self) -> None:
         """Stop measuring unless somebody activates again before the event loop's next round.
@@ -127,10 +128,10 @@ class WorkerAgent:
         self._owned = False
         self.worker.loop.add_callback(lambda: None if self._owned else self.deactivate())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Let everything go; ``Worker.close`` calls this on all extensions."""
         self.deactivate()
-        self.reporter.goodbye()
+        await self.reporter.goodbye()
         process.leave(self)
 
     def _heartbeat(self, _: Worker) -> dict[str, Any]:
@@ -205,6 +206,8 @@ class WorkerAgent:
             if bracket is not None:
                 bracket.tag = key
                 self._by_thread[thread] = (bracket, measuring, is_task)
+                if is_task:
+                    self.reporter.runs(key, True)
                 bracket.opened = opened = perf_counter()
                 bracket.start_seconds = opened - began
         except Exception as error:
@@ -219,6 +222,8 @@ class WorkerAgent:
         bracket, measuring, is_task = opened
         bracket.seconds = began - bracket.opened
         try:
+            if is_task:
+                self.reporter.runs(key, False)
             if measuring.shut(bracket) and is_task and self._process is measuring:
                 self._closed[key] = bracket
             bracket.stop_seconds = perf_counter() - began
@@ -265,8 +270,9 @@ class WorkerAgent:
         """Look before a task; open a bracket here for what has no thread of its own."""
         prefix = self.worker.state.tasks[key].prefix
         self._before[key] = measuring.look_before(ask=prefix not in self._brief)
-        self.reporter.begins(key)
-        if self._seam_fault is not None or not self._has_thread(key):
+        bare = self._seam_fault is not None or not self._has_thread(key)
+        self.reporter.begins(key, runs=bare)
+        if bare:
             brackets = self._without_thread
             brackets[key] = None  # it is asked from now on whether this one runs
             bracket = measuring.open(None, lambda: key in brackets)

@@ -19,16 +19,27 @@ pytestmark = pytest.mark.ends
 HOLDER = """
 import sys, time
 from dask_memusage_exporter import flight
-file = flight.FlightFile(sys.argv[1], {"scheduler_id": "S", "worker": "w"})
-slot = file.begin(flight.text_of(("x", 1)), 100.0)
-file.update(slot, start=100.0, start_bytes=10, peak_bytes=2**40, concurrency=3)
+process = {"incarnation": "i", "scheduler_id": "S", "worker": "w"}
+file = flight.FlightFile(sys.argv[1], process)
+key = ("x", 1)
+slot = file.begin(key, 100.0)
+file.runs(slot, True)
+file.update(slot, key, start=100.0, start_bytes=10, peak_bytes=2**40, concurrency=3)
 gone = file.begin("gone", 1.0)
+file.runs(gone, True)
 file.end(gone)
-file.count(7, 5)
+waits = file.begin("waits for a thread", 1.0)
+done = file.begin("done", 1.0)
+file.runs(done, True)
+file.runs(done, False)
+file.count(7)
 exec(sys.argv[2])
-print(file.incarnation, flush=True)
+print("i", flush=True)
 time.sleep(600)
 """
+
+
+PROCESS = {"incarnation": "i", "scheduler_id": "S"}
 
 
 def _hold(directory: Path, more: str = "") -> tuple[subprocess.Popen, str]:
@@ -55,9 +66,10 @@ def test_a_killed_process_leaves_what_it_ran(tmp_path: Path) -> None:
     (wreck,) = flight.salvage(str(tmp_path), "S")
     assert wreck.process["incarnation"] == incarnation
     assert wreck.process["pid"] == holder.pid
-    assert (wreck.observed, wreck.sent) == (7, 5)
+    assert (wreck.observed, wreck.left_out) == (7, 0)
     (task,) = wreck.tasks
     assert task.key == "('x', 1)"
+    assert task.digest == flight.digest_of(("x", 1)) != flight.digest_of("('x', 1)")
     assert (task.start, task.start_bytes, task.peak_bytes, task.concurrency) == (100, 10, 2**40, 3)
     assert before - 60 < task.peak_time <= before
 
@@ -94,8 +106,8 @@ def test_a_forked_child_does_not_keep_a_dead_parent_alive(tmp_path: Path) -> Non
 
 def test_a_process_that_ends_in_order_leaves_nothing(tmp_path: Path) -> None:
     """close() takes the file away."""
-    file = flight.FlightFile(str(tmp_path), {"scheduler_id": "S"})
-    assert os.listdir(tmp_path) == [f"{file.incarnation}{flight.SUFFIX}"]
+    file = flight.FlightFile(str(tmp_path), PROCESS)
+    assert os.listdir(tmp_path) == [f"i{flight.SUFFIX}"]
     file.close()
     assert os.listdir(tmp_path) == []
 
@@ -103,28 +115,34 @@ def test_a_process_that_ends_in_order_leaves_nothing(tmp_path: Path) -> None:
 def test_broken_files_are_no_error(tmp_path: Path) -> None:
     """A file that is cut or garbage is passed over."""
     (tmp_path / "a.flight").write_bytes(b"")
-    (tmp_path / "b.flight").write_bytes(b"dask-memusage flight 1\n" + b"\xff" * 5000)
+    (tmp_path / "b.flight").write_bytes(b"dask-memusage flight 2\n" + b"\xff" * 5000)
     assert flight.salvage(str(tmp_path), "S") == []
     assert flight.salvage(str(tmp_path / "missing"), "S") == []
 
 
 def test_more_tasks_than_slots_are_left_out(tmp_path: Path) -> None:
     """A full file is no error, and a slot that ends is used again."""
-    file = flight.FlightFile(str(tmp_path), {"scheduler_id": "S"})
+    file = flight.FlightFile(str(tmp_path), PROCESS)
     slots = [file.begin(f"x-{number}", 0.0) for number in range(flight.SLOTS)]
     assert None not in slots
-    assert file.begin("one-more", 0.0) is None
+    assert [file.begin(f"more-{number}", 0.0) for number in range(3)] == [None] * 3
+    file.end(None)
     file.end(slots[3])
     assert file.begin("one-more", 0.0) == slots[3]
-    file.close()
+    file.count(5)
+    file.forget()
+    (wreck,) = flight.salvage(str(tmp_path), "S")
+    assert (wreck.observed, wreck.left_out) == (5, 2)
 
 
 @pytest.mark.parametrize("key", ["x" * 10_000, "ключ" * 1000, "\udcff", 'a\n"b"', ("t", 1)])
 def test_any_key_fits(tmp_path: Path, key: object) -> None:
     """Long keys are cut between characters; odd ones are readable text."""
-    file = flight.FlightFile(str(tmp_path), {"scheduler_id": "S"})
+    file = flight.FlightFile(str(tmp_path), PROCESS)
     text = flight.text_of(key)
-    file.begin(text, 0.0)
+    slot = file.begin(key, 0.0)
+    assert slot is not None
+    file.runs(slot, True)
     file.forget()
     (wreck,) = flight.salvage(str(tmp_path), "S")
     assert wreck.tasks[0].key == text
@@ -132,12 +150,31 @@ def test_any_key_fits(tmp_path: Path, key: object) -> None:
 
 
 def test_an_update_after_the_end_brings_nothing_back(tmp_path: Path) -> None:
-    """The sampler may be late."""
-    file = flight.FlightFile(str(tmp_path), {"scheduler_id": "S"})
+    """The sampler may be late: neither is a task revived, nor the next one given its figures."""
+    file = flight.FlightFile(str(tmp_path), PROCESS)
+    late = {"start": 1.0, "start_bytes": 1, "peak_bytes": 1, "concurrency": 1}
     slot = file.begin("x", 0.0)
     assert slot is not None
     file.end(slot)
-    file.update(slot, start=0.0, start_bytes=0, peak_bytes=1, concurrency=1)
+    file.update(slot, "x", **late)
+    assert file.begin("next", 5.0) == slot
+    file.runs(slot, True)
+    file.update(slot, "x", **late)
     file.forget()
     (wreck,) = wait_until(lambda: flight.salvage(str(tmp_path), "S"))
-    assert wreck.tasks == []
+    ((key, start, start_bytes, *_),) = wreck.tasks
+    assert (key, start, start_bytes) == ("next", 5.0, 0)
+
+
+@pytest.mark.parametrize(("cgroup", "kills"), [("same", 2), ("another", None)])
+def test_kills_of_another_cgroup_are_not_its_own(
+    cgroup: str, kills: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads counts what the kernel has killed only where it is in the same cgroup."""
+    monkeypatch.setattr(flight, "oom_kills", lambda: 1)
+    monkeypatch.setattr(flight, "cgroup", lambda: "same")
+    flight.FlightFile(str(tmp_path), PROCESS).forget()
+    monkeypatch.setattr(flight, "oom_kills", lambda: 3)
+    monkeypatch.setattr(flight, "cgroup", lambda: cgroup)
+    (wreck,) = flight.salvage(str(tmp_path), "S")
+    assert wreck.oom_kills == kills

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
-from distributed import KilledWorker, LocalCluster, get_worker
+from distributed import Client, KilledWorker, LocalCluster, get_worker
 
-from dask_memusage_exporter import flight
+from dask_memusage_exporter import flight, install
 from tests.conftest import (
     FULL,
     Measured,
@@ -95,6 +96,24 @@ def _by_processing(measured: Measured, prefix: str) -> str | None:
 def _rss_mib(pid: int) -> float:
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * 4096 / MIB
+
+
+def settled(measured: Measured) -> None:
+    """Wait until all ends are settled, and not merely not yet noticed."""
+    deaths = measured.cluster.scheduler.extensions["memusage"].deaths
+    wait_until(lambda: not deaths.open and not deaths._tasks, timeout=40)
+
+
+def open_incarnations(measured: Measured) -> set[str]:
+    """Return the incarnations of the workers that are connected, and of those that went lately."""
+    deaths = measured.cluster.scheduler.extensions["memusage"].deaths
+    return {home.incarnation for home in deaths._homes.values()} | set(deaths._settled)
+
+
+def hold_gil_after(path: str, seconds: int) -> None:
+    """Say that it runs, and never let the GIL go from then on."""
+    Path(path).touch()
+    ctypes.PyDLL(None).sleep(seconds)
 
 
 @pytest.fixture
@@ -194,10 +213,9 @@ def test_leaving_in_order_is_no_kill(measure: Callable[..., Measured]) -> None:
     futures = client.map(nap, [30.0] * 2, pure=False, key="cut")
     wait_until(lambda: running(measured, "cut"))
     client.restart()
-    # Both have been settled, not merely not yet noticed: nothing is open any more.
-    deaths = scheduler.extensions["memusage"].deaths
-    wait_until(lambda: not deaths._open and not deaths._tasks, timeout=40)
+    settled(measured)
     assert killed(measured, "steady") == killed(measured, "cut") == 0
+    assert set(scheduler.extensions["memusage"]._received) <= open_incarnations(measured)
 
 
 def test_the_counter_stands_at_0_before_the_first_kill(dying: Callable[..., Measured]) -> None:
@@ -249,7 +267,7 @@ def test_what_was_measured_and_not_reported_is_counted(dying: Callable[..., Meas
         "dask_scheduler_task_memory_tasks_total", task_prefix_name="quick"
     )
     assert counted + lost() == 20
-    assert scheduler.extensions["memusage"]._received.keys() <= set()
+    assert set(scheduler.extensions["memusage"]._received) <= open_incarnations(measured)
 
 
 def test_without_a_nanny_the_next_process_tells(tmp_path: Any) -> None:
@@ -313,3 +331,239 @@ def test_no_file_is_left_by_a_cluster_that_ends(
     measured.client.close()
     measured.cluster.close()
     assert list(directory.iterdir()) == []
+
+
+# -- ends in order that look like kills --------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["scale", "restart", "retire"])
+def test_an_ordered_end_is_no_kill_though_the_gil_is_held(
+    end: str, dying: Callable[..., Measured], tmp_path: Path
+) -> None:
+    """The worker can say nothing, and its nanny ends it the hard way: because it was told to."""
+    measured = dying(config={"distributed.comm.timeouts.connect": "3s"})
+    client, cluster = measured.client, measured.cluster
+    running = tmp_path / "running"
+    future = client.submit(hold_gil_after, str(running), 40, key="held-0")
+    wait_until(running.exists)
+    if end == "scale":
+        cluster.scale(0)
+        wait_until(lambda: not cluster.scheduler.workers, timeout=60)
+    elif end == "restart":
+        client.restart(timeout=60)
+    else:
+        (address,) = cluster.scheduler.workers
+        client.sync(cluster.scheduler.retire_workers, [address])
+        wait_until(lambda: address not in cluster.scheduler.workers, timeout=60)
+    settled(measured)
+    assert killed(measured, "held") == 0
+    del future
+
+
+@pytest.mark.parametrize("options", [(), ("--no-nanny",)])
+@pytest.mark.parametrize("held", [False, True])
+def test_sigterm_is_no_kill(options: tuple[str, ...], held: bool, tmp_path: Path) -> None:
+    """A worker that is ended by SIGTERM in the middle of a task has not been killed by it."""
+    if held and options:
+        pytest.skip("a process that holds the GIL without a nanny ends by SIGKILL, or not at all")
+    environment = {
+        "DASK_MEMUSAGE__FLIGHT_DIRECTORY": str(tmp_path / "flight"),
+        "PYTHONPATH": str(Path(__file__).parents[1]),  # for this module's functions
+    }
+    servers = Servers(tmp_path)
+    running = tmp_path / "running"
+    try:
+        servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
+        worker = servers.worker(*options, env=environment)
+        servers.client.gather(servers.client.map(nap, [0.0] * 50, pure=False, key="before"))
+        function, seconds = (hold_gil_after, 30) if held else (touch_and_nap, 5)
+        future = servers.client.submit(function, str(running), seconds, key="term-0")
+        wait_until(running.exists)
+        worker.stop()
+        wait_until(lambda: not servers.client.scheduler_info()["workers"])
+        # Another one tells what the first one has left, if it has.
+        servers.worker("--no-nanny", env=environment)
+        servers.client.submit(nap, 0.0, key="after-0").result()
+        # Once this one's counts are there, all that came before it has been taken in.
+        name = "dask_scheduler_task_memory_tasks_total"
+        wait_until(
+            lambda: Metrics.read(servers.scheduler_port).total(name, task_prefix_name="after") == 1
+        )
+        metrics = Metrics.read(servers.scheduler_port)
+        assert metrics.total("dask_scheduler_task_memory_killed_tasks_total") == 0
+        counted = metrics.total(name, task_prefix_name="before")
+        lost = metrics.total("dask_scheduler_task_memory_dropped_records_total")
+        assert counted + lost == 50
+        assert held or lost == 0
+        del future
+    finally:
+        servers.close()
+
+
+def touch_and_nap(path: str, seconds: float) -> None:
+    Path(path).touch()
+    time.sleep(seconds)
+
+
+# -- who was executing -------------------------------------------------------------------
+
+
+def test_who_waits_for_a_thread_is_not_named(dying: Callable[..., Measured]) -> None:
+    """Tasks that were handed to an executor with fewer threads, and had not begun."""
+    measured = dying(threads_per_worker=4)
+    with dask.annotate(executor="offload"):  # one thread
+        futures = [measured.client.submit(nap, 60, key=f"narrow{n}-0") for n in range(4)]
+    address = wait_until(lambda: running(measured, "narrow"))
+    os.kill(pids(measured)[address], signal.SIGKILL)
+    wait_until(lambda: sum(killed(measured, f"narrow{n}") for n in range(4)))
+    settled(measured)
+    assert sum(killed(measured, f"narrow{n}") for n in range(4)) == 1
+    del futures
+
+
+def test_keys_with_the_same_text(dying: Callable[..., Measured]) -> None:
+    """The one that was executing is named, of whatever type and length the others are."""
+    measured = dying(config={"distributed.scheduler.worker-saturation": "inf"})
+    long = "k" * 2000
+    keys = ["1", 1, ("x", 0), "('x', 0)", long + "-a", long + "-b"]
+    for key in keys:
+        others = [other for other in keys if other != key]
+        future = measured.client.submit(nap, 60, key=key)
+        address = wait_until(lambda: running(measured, ""))
+        queued = [measured.client.submit(nap, 60, key=other) for other in others]
+        state = measured.cluster.scheduler.workers[address]
+        wait_until(lambda state=state: len(state.processing) == len(keys))
+        os.kill(pids(measured)[address], signal.SIGKILL)
+        future.exception()
+        settled(measured)
+        assert measured.records[-1].key == key
+        assert type(measured.records[-1].key) is type(key)
+        for one in (future, *queued):
+            one.cancel()
+        wait_until(lambda: not measured.cluster.scheduler.tasks)
+        wait_until(lambda: measured.cluster.scheduler.workers)
+    assert [record.key for record in measured.records if record.status == "killed"] == keys
+
+
+def test_what_ended_while_nothing_was_measured(dying: Callable[..., Measured]) -> None:
+    """A task that ran across the end of measuring is not named once it is over."""
+    measured = dying()
+    client = measured.client
+    future = client.submit(nap, 1.0, key="across-0")
+    wait_until(lambda: running(measured, "across"))
+    client.unregister_worker_plugin("memusage")
+    future.result()
+    workers = measured.cluster.scheduler.workers
+    for address, pid in pids(measured).items():
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda address=address: workers and address not in workers, timeout=60)
+    settled(measured)
+    assert killed(measured, "across") == 0
+
+
+# -- causes, and what comes late ---------------------------------------------------------
+
+
+def test_every_death_under_one_nanny_has_its_cause(dying: Callable[..., Measured]) -> None:
+    """The second and third as the first."""
+    measured = dying()
+    for number in range(3):
+        future = measured.client.submit(nap, 60, key=f"again-{number}")
+        address = wait_until(lambda: running(measured, "again"))
+        os.kill(pids(measured)[address], signal.SIGKILL)
+        future.exception()
+        wait_until(lambda number=number: killed(measured, "again", cause="signal") == number + 1)
+        wait_until(lambda: measured.cluster.scheduler.workers)
+
+
+def test_who_comes_after_the_patience_still_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that comes back late: what its predecessor ran and had not sent is told then."""
+    monkeypatch.setattr("dask_memusage_exporter.deaths._PATIENCE", 0.2)
+    directory = str(tmp_path / "flight")
+    environment = {"DASK_MEMUSAGE__FLIGHT_DIRECTORY": directory}
+    servers = Servers(tmp_path)
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster:
+        install(cluster)
+        deaths = cluster.scheduler.extensions["memusage"].deaths
+        try:
+            with Client(cluster) as client:
+                first = servers.worker(
+                    "--no-nanny", scheduler=cluster.scheduler_address, env=environment
+                )
+                client.wait_for_workers(1)
+                client.gather(client.map(abs, range(20), key="unsent"))
+                future = client.submit(os.kill, first.process.pid, signal.SIGKILL, key="late-0")
+                wait_until(lambda: deaths._settled and not deaths.open)
+                name = "dask_scheduler_task_memory_killed_tasks_total"
+                port = cluster.scheduler.http_server.port
+                assert Metrics.read(port).total(name) == 0
+                servers.worker("--no-nanny", scheduler=cluster.scheduler_address, env=environment)
+                wait_until(lambda: Metrics.read(port).total(name, task_prefix_name="late") == 1)
+                metrics = Metrics.read(port)
+                counted = metrics.total(
+                    "dask_scheduler_task_memory_tasks_total", task_prefix_name="unsent"
+                )
+                lost = metrics.total("dask_scheduler_task_memory_dropped_records_total")
+                assert counted + lost == 20
+                future.cancel()
+        finally:
+            servers.close()
+
+
+def test_a_broken_connection_loses_nothing_uncounted(dying: Callable[..., Measured]) -> None:
+    """What could not be sent comes by another way, or is counted as lost."""
+    measured = dying()
+    client = measured.client
+
+    client.gather(client.map(nap, [0.0] * 100, pure=False, key="cut"))
+    abort = client.submit(abort_stream, key="abort-0")
+    name = "dask_scheduler_task_memory_tasks_total"
+
+    def told() -> bool:
+        metrics = Metrics.read(scheduler_port(measured.cluster))
+        lost = metrics.total("dask_scheduler_task_memory_dropped_records_total")
+        return metrics.total(name, task_prefix_name="cut") + lost >= 100
+
+    wait_until(told)
+    settled(measured)
+    assert killed(measured, "cut") == killed(measured, "abort") == 0
+    del abort
+
+
+def abort_stream() -> None:
+    worker = get_worker()
+    worker.loop.add_callback(worker.batched_stream.comm.abort)
+
+
+def test_without_a_file_the_heartbeat_is_there(
+    dying: Callable[..., Measured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flight directory that cannot be written: what runs is live, and a kill has its cause."""
+    monkeypatch.setattr("dask_memusage_exporter.deaths._PATIENCE", 0.5)
+    (tmp_path / "file").touch()
+    measured = dying(config={"memusage.flight-directory": str(tmp_path / "file" / "below")})
+    future = measured.client.submit(nap, 60, key="blind-0")
+    address = wait_until(lambda: running(measured, "blind"))
+    metrics = Metrics.read(scheduler_port(measured.cluster))
+    assert metrics.total("dask_scheduler_task_memory_errors_total", stage="send") == 1
+    os.kill(pids(measured)[address], signal.SIGKILL)
+    wait_until(lambda: killed(measured, "blind", cause="signal") == 1)
+    assert isinstance(future.exception(), KilledWorker)
+
+
+def test_an_odd_wreck_silences_nobody(dying: Callable[..., Measured], tmp_path: Path) -> None:
+    """A file of another version is passed over; the worker that found it is known."""
+    directory = tmp_path / "flight"
+    measured = dying(config={"memusage.flight-directory": str(directory)}, n_workers=0)
+    odd = {"incarnation": "odd", "scheduler_id": measured.cluster.scheduler.id}
+    flight.FlightFile(str(directory), odd).forget()
+    (file,) = directory.iterdir()
+    file.write_bytes(file.read_bytes().replace(b'"incarnation"', b'"incarcerate"'))
+    measured.cluster.scale(1)
+    future = measured.client.submit(nap, 60, key="known-0")
+    address = wait_until(lambda: running(measured, "known"))
+    os.kill(pids(measured)[address], signal.SIGKILL)
+    wait_until(lambda: killed(measured, "known") == 1)
+    assert isinstance(future.exception(), KilledWorker)
