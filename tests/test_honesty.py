@@ -101,6 +101,27 @@ def test_mapped_file(read: Callable[[str], int], one: Measured, tmp_path: Path) 
     assert_shared(found, "mapped")
 
 
+@pytest.mark.parametrize("pieces", ["large", "small"])
+def test_short_read_of_a_mapped_file(pieces: str, one: Measured, tmp_path: Path) -> None:
+    """The same for 60 MiB that are read in a few milliseconds, alone or before other things.
+
+    The page cache keeps a file in pieces as it was written, and maps it so.
+    """
+    path = tmp_path / "mapped"
+    piece = 60 * MIB if pieces == "large" else 8192
+    with path.open("wb", buffering=0) as file:
+        for _ in range(60 * MIB // piece):
+            file.write(b"\1" * piece)
+    for run in range(5):
+        key = f"short-read-{pieces}-{run}"
+        one.client.submit(tasks.largest_of_memmap, str(path), key=key).result()
+        assert seen(record(one, key)) > 55 * MIB
+        assert_shared(record(one, key), "mapped")
+    key = f"short-read-and-array-{pieces}"
+    one.client.submit(tasks.memmap_and_array, str(path), 20, key=key).result()
+    assert_shared(record(one, key), "mapped")
+
+
 # -- warm heaps --------------------------------------------------------------------------
 
 

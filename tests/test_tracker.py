@@ -7,9 +7,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dask_memusage_exporter.measure import threads
@@ -286,6 +288,58 @@ def test_shared_memory(tracker: Tracker) -> None:
     window = task.end()
     assert (window.scope, window.reason) == ("shared", "mapped")
     block.close()
+
+
+def mapped_file(path: Path) -> Callable[[], int]:
+    """Return what reads a file of 60 MiB through a mapping, which is gone again at its end."""
+    path.write_bytes(b"\1" * 60 * MIB)
+
+    def read() -> int:
+        return int(np.memmap(path, mode="r").max())
+
+    assert read()  # in the page cache by now
+    return read
+
+
+def test_short_read_of_a_mapped_file(tracker: Tracker, tmp_path: Path) -> None:
+    """A read between two looks at what is mapped: one page fault brings more than its own page."""
+    read = mapped_file(tmp_path / "mapped")
+    tracker._sampler._tick = lambda: True  # no look between
+    for _ in range(5):
+        task = Task(tracker)
+        task.do(read)
+        window = task.end()
+        assert (window.scope, window.reason) == ("shared", "mapped"), window
+        assert window.peak_bytes - window.start_bytes > 59 * MIB
+
+
+def test_short_read_before_other_growth(tracker: Tracker, tmp_path: Path) -> None:
+    """Page faults of later, between other looks, do not explain the growth of before."""
+    read = mapped_file(tmp_path / "mapped")
+    task = Task(tracker)
+    task.do(read)
+    wait_until(lambda: task.bracket.files > 40 * MIB, what="a look after the file was read")
+    task.do(spike, 40)
+    window = task.end()
+    assert (window.scope, window.reason) == ("shared", "mapped"), window
+
+
+@pytest.mark.parametrize("pages", [1600, 4500, 6104, 9000, 15000])
+def test_huge_pages_are_the_tasks_own(pages: int, tracker: Tracker) -> None:
+    """Huge pages come with fewer faults than there are pages in them, and are no files."""
+
+    def fill() -> None:
+        with mmap.mmap(-1, pages * mmap.PAGESIZE, flags=PRIVATE) as block:
+            block.madvise(mmap.MADV_HUGEPAGE)
+            for offset in range(0, len(block), mmap.PAGESIZE):
+                block[offset] = 1
+
+    for _ in range(5):
+        task = Task(tracker)
+        task.do(fill)
+        window = task.end()
+        assert (window.scope, window.reason) == ("process", None), window
+        assert window.growth_bytes == pytest.approx(pages * mmap.PAGESIZE, rel=0.02, abs=MIB)
 
 
 def test_moved_by_the_worker(tracker: Tracker) -> None:

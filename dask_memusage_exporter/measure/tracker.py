@@ -27,6 +27,7 @@ from dask_memusage_exporter.measure import threads
 from dask_memusage_exporter.measure.children import Children
 from dask_memusage_exporter.measure.heap import Heap
 from dask_memusage_exporter.measure.highwater import PAGE, Source
+from dask_memusage_exporter.measure.hugepages import HugePages
 from dask_memusage_exporter.measure.polling import Sampler
 from dask_memusage_exporter.measure.scopes import BRIEF, FLOOR_BYTES, judge
 
@@ -77,6 +78,10 @@ class Bracket:
     start_mapped = mapped = 0
     #: Page faults of the process at the start and at the stop; always 0 where not known.
     faults = faults_after = 0
+    #: Growth between two resets of the mark beyond one small page a page fault, the most that is
+    #: not weighed yet, and the huge pages there were before it; and what of it was pages of files.
+    excess = files = 0
+    huge: int | None = None
     #: By how much RSS fell below its start: room that it does not show.
     gone = 0
     reusable: int | None = None
@@ -150,6 +155,11 @@ class Tracker:
         self._rss, self._mapped = source.read()[1:]
         #: Page faults when ``_mapped`` was read: while there are few more it has hardly risen.
         self._faults = 0
+        self._huge_pages = HugePages()
+        #: What had come as huge pages when that was last asked.
+        self._huge = self._huge_pages.taken()
+        #: RSS, page faults and ``_huge`` at the last reset of the mark.
+        self._base: tuple[int, int, int | None] = self._rss, 0, None
         #: CPU clocks of threads that are no task's, by what their activity means: "offload",
         #: data of unknown size was (de)serialised; "code", unknown code ran.
         self._witnesses: list[tuple[int, str]] = []
@@ -173,6 +183,8 @@ class Tracker:
 
     def look(self) -> Look:
         """Read what surrounds a task, on the event loop."""
+        if self._sampler.asleep:  # it has not asked for a while
+            self._huge = self._huge_pages.taken()
         witnesses = tuple(threads.cpu_ns(clock) for clock, _ in self._witnesses)
         faults, loop_ns = threads.own_usage()
         sampler_ns = threads.cpu_ns(self._sampler_clock) or 0
@@ -216,6 +228,7 @@ class Tracker:
             if self._open:
                 self._meet(bracket)
             rss, bracket.faults = self._source.reset()
+            self._base = rss, bracket.faults, self._huge
             if bracket.faults - self._faults >= FEW_FAULTS or not bracket.faults:
                 # The event loop may have imported what the task needs since the last look, and
                 # files mapped by that are not the task's.
@@ -247,7 +260,7 @@ class Tracker:
                 bracket.quiet = faults == bracket.faults and faults > 0
                 if not bracket.quiet:
                     self._faults = faults
-                    bracket.gone = max(0, bracket.rss - self._fold(0) - self._children.rss)
+                    bracket.gone = max(0, bracket.rss - self._fold(0, faults) - self._children.rss)
             finally:
                 self._leave(bracket)
             if bracket.others is not None:
@@ -310,7 +323,10 @@ class Tracker:
     ) -> tuple[int, int]:
         """Return what came in that is not the task's: by the worker, and as pages of files."""
         foreign = bracket.foreign_after - bracket.foreign
-        mapped = bracket.mapped - bracket.start_mapped
+        if bracket.excess > FLOOR_BYTES:
+            self._huge = self._huge_pages.taken()
+            _weigh(bracket, self._huge)
+        mapped = max(bracket.mapped - bracket.start_mapped, bracket.files)
         # After a fork every page is faulted in once more, by whoever writes to it first.
         if bracket.own_thread and self._source.exact and not children_changed:
             # The event loop's own page faults show what no counter of the worker's tells of:
@@ -338,17 +354,25 @@ class Tracker:
             self._disabled = True
             self._open.clear()
             self._source.close()
+            self._huge_pages.close()
 
-    def _fold(self, children_peak: int) -> int:
-        """Read the source into all open brackets; return RSS. Locked."""
+    def _fold(self, children_peak: int, faults: int) -> int:
+        """Read the source into all open brackets; return RSS. Locked.
+
+        ``faults`` is the source's count now.
+        """
         peak, rss, mapped = self._source.read()
         self._rss, self._mapped = rss, mapped
+        base, faults_before, huge = self._base
+        excess = peak - base - (faults - faults_before) * PAGE if faults else 0
         peak += children_peak or self._children.rss
         for bracket in self._open:
             if peak > bracket.peak:
                 bracket.peak = peak
             if mapped > bracket.mapped:
                 bracket.mapped = mapped
+            if excess > bracket.excess:
+                bracket.excess, bracket.huge = excess, huge
         return rss
 
     # -- neighbours ----------------------------------------------------------------------
@@ -358,7 +382,7 @@ class Tracker:
 
         Must be called before the mark is reset: what was so far is the others'.
         """
-        self._fold(0)
+        self._fold(0, self._source.faults())
         self._bury()
         self._open_account(new)
         new.others = {}
@@ -417,17 +441,23 @@ class Tracker:
 
     def _tick(self) -> bool:
         """Look between boundaries, on the sampler's thread; return whether a task runs."""
-        if self._disabled or not self._open:
+        if self._disabled:
+            return False
+        if not self._open:
+            self._huge = self._huge_pages.taken()  # for the next task's start
             return False
         try:
             children = self._children.look(self._rss - self._mapped)
             with self._lock:
                 if self._disabled:
                     return False
-                self._fold(children)
+                self._fold(children, self._source.faults())
+                self._huge = self._huge_pages.taken()
+                for bracket in self._open:
+                    _weigh(bracket, self._huge)
                 # A new window for the mark, so that what stood long ago is not added to what a
-                # child holds now.
-                self._source.reset()
+                # child holds now, nor pages of files to what else comes in.
+                self._base = *self._source.reset(), self._huge
                 self._bury()
                 self._on_look(self._open)
         except Exception:  # the thread must live; a look that failed shows as a change
@@ -440,6 +470,14 @@ class Tracker:
         self._lock = threading.Lock()
         self._open = []
         self._source.close()
+        self._huge_pages.close()
+
+
+def _weigh(bracket: Bracket, huge: int | None) -> None:
+    """Tell pages of files from huge pages, of which there are ``huge`` bytes now."""
+    if huge is not None and bracket.huge is not None:
+        bracket.files = max(bracket.files, bracket.excess - (huge - bracket.huge))
+    bracket.excess = 0
 
 
 def _unexplained(bracket: Bracket, before: Look, after: Look) -> int:
