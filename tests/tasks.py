@@ -218,6 +218,37 @@ def fork_holds(mib: int, seconds: float) -> None:
     assert child.exitcode == 0
 
 
+#: A pool of one process, kept by a worker from task to task, and what that process keeps.
+_pool: list[Any] = []
+_kept: list[np.ndarray] = []
+
+
+def open_pool(mib: int) -> None:
+    """Start the pool, let its process hold an array for a while and let it go."""
+    import multiprocessing
+
+    _pool.append(multiprocessing.get_context("fork").Pool(1))
+    _pool[0].apply(array, (mib, 0.1))
+    time.sleep(0.1)
+
+
+def beside_pool(mine: int, its: int, *, keeps: bool = False) -> None:
+    """Hold an array, and have one made in the pool; its process may keep that."""
+    block = np.ones(mine * MIB // 8)
+    _pool[0].apply(keep if keeps else array, (its,))
+    del block
+
+
+def keep(mib: int) -> None:
+    _kept.append(made(mib))
+
+
+def close_pool() -> None:
+    pool = _pool.pop()
+    pool.terminate()
+    pool.join()
+
+
 def fork_and_look(mib: int) -> dict[str, Any]:
     """Fork, let the child look at what it has of us, hold an array; return what it has seen."""
     import json

@@ -485,6 +485,25 @@ def test_multiprocessing_fork(one: Measured) -> None:
     assert_own(run(one, "after-multiprocessing", tasks.array), 100)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_living_child(keeps: bool, one: Measured) -> None:
+    """What an old child takes during a short task is never left out unsaid.
+
+    Not even where it stays below what the child once had at its peak.
+    """
+    one.client.submit(tasks.open_pool, 100, key=f"opens-pool-{keeps}").result()
+    try:
+        assert_own(run(one, f"beside-idle-child-{keeps}", tasks.array, 100), 100)
+        for number in range(5):
+            key = f"beside-child-{keeps}-{number}"
+            one.client.submit(tasks.beside_pool, 100, 15, keeps=keeps, key=key).result()
+            # What it has kept was at its highest when the task ended.
+            assert_shared(records(one, key)[0], "polling", 114 if keeps else 99)
+        assert_own(run(one, f"beside-child-idle-again-{keeps}", tasks.array, 100), 100)
+    finally:
+        one.client.submit(tasks.close_pool, key=f"closes-pool-{keeps}").result()
+
+
 def test_fork(one: Measured) -> None:
     """In a forked child nothing of ours works; the parent's figures are right."""
     future = one.client.submit(tasks.fork_and_look, 100, key="forks")

@@ -132,6 +132,27 @@ def test_refresh(child: Child) -> None:
     assert children.changes == after
 
 
+def test_refresh_sees_what_was_taken(child: Child) -> None:
+    """Between two looks too: what a child took is a change, and a new peak counts, once."""
+    children = Children()
+    before = looked(children)
+    changes = children.changes
+    assert children.refresh() == pytest.approx(before, abs=MIB)
+    assert children.changes == changes
+    child.hold(64)
+    child.hold(0)
+    assert children.refresh() == pytest.approx(before + 64 * MIB, abs=MIB)
+    assert children.rss == pytest.approx(before, abs=MIB)
+    assert children.refresh() == pytest.approx(before, abs=MIB)
+    # Below its old peak: what it holds now counts, and what it no longer holds was a change.
+    for held, sizes in ((32, (32,)), (0, (0, 16, 0))):
+        changes = children.changes
+        for size in sizes:
+            child.hold(size)
+        assert children.refresh() == pytest.approx(before + held * MIB, abs=MIB)
+        assert children.changes > changes
+
+
 def test_unseen(child: Child) -> None:
     """A child that came since the last look is known to be there, beside those that were."""
     children = Children()

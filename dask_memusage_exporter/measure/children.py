@@ -2,8 +2,9 @@
 
 Covers: every descendant of this process that is alive at two looks, about 10 ms apart. A child's
 own peak counts where its high-water mark rose since the last look, so that a spike between two
-looks is seen as long as the child lives to the next one. Pages that a forked child still shares
-with its parent count once.
+looks is seen as long as the child lives to the next one. Below an old mark a spike between two
+looks is not; that the child took something is known from its page faults. Pages that a forked
+child still shares with its parent count once.
 Does not cover: a child that is born and gone within 20 ms or so. That one was there is known all
 the same: from the page faults of children that were waited for, or because it was not waited for.
 Nor pages that a forked child and its parent share at first and one of them writes to later.
@@ -33,9 +34,11 @@ GAP = 1.0
 class _Child:
     """One child at its first look: it may be between fork and exec, so nothing of it counts yet."""
 
-    __slots__ = ("counted", "mark", "seen", "shared")
+    __slots__ = ("counted", "faults", "mark", "seen", "shared")
 
-    def __init__(self, mark: int, shared: int) -> None:
+    def __init__(self, faults: int, mark: int, shared: int) -> None:
+        #: Page faults at the last look: while they stand still it takes nothing new.
+        self.faults = faults
         self.mark = mark
         self.shared = shared
         self.seen = False
@@ -65,7 +68,7 @@ class Children:
         self._listed = self._next_listing = 0.0
         #: RSS of all of them at the last look, in bytes.
         self.rss = 0
-        #: Rises with every birth, death and new peak that a look finds.
+        #: Rises with every birth and death that a look finds, and wherever a child took memory.
         self.changes = 0
 
     @staticmethod
@@ -81,18 +84,18 @@ class Children:
         """Return whether there is a child that no look has seen yet; from any thread."""
         return _any_child() and not self.listed.issuperset(_children(self._own))
 
-    def refresh(self) -> None:
-        """Take what the children hold now into :attr:`rss`; from any thread.
+    def refresh(self) -> int:
+        """Look at those children again that a look has seen; from any thread.
 
-        Neither what they have let go nor that they have ended is to be in the next task's figures.
+        What they have let go, or taken, and that they have ended is to be in the figures of the
+        task that ends or was before, and not in the next one's. Returns what :meth:`look` does.
         """
+        peak = 0
         for pid, child in list(self._known.items()):
-            now = _now(pid)
-            if now is None:
-                self._drop(pid)
-            elif child.seen:
-                child.counted = child.part(*now)
+            if child.seen:
+                peak += self._see(pid, child)
         self.rss = sum(child.counted for child in list(self._known.values()))
+        return peak
 
     def look(self, own_anonymous: int) -> int:
         """Look at all children; return their peak together since the last look, in bytes.
@@ -107,25 +110,31 @@ class Children:
             return 0
         if time.monotonic() >= self._next_listing:
             self._list(own_anonymous)
-        peak = total = 0
         for pid, child in list(self._known.items()):
-            now, mark = _now(pid), _mark(pid)
-            if now is None:
-                self._drop(pid)
-                continue
-            if not child.seen:
-                child.seen = True
-                continue
-            if child.shared and _image(pid) != self._image:
+            if child.seen and child.shared and _image(pid) != self._image:
                 child.shared = 0
-            child.counted = child.part(*now)
-            total += child.counted
-            rose = mark > child.mark
-            child.mark = max(mark, child.mark)
-            self.changes += rose
-            peak += child.part(mark, now[1]) if rose else child.counted
-        self.rss = total
+        peak = self.refresh()
+        for pid, child in list(self._known.items()):
+            if not child.seen:
+                child.seen = _now(pid) is not None
+                if not child.seen:
+                    self._drop(pid)
         return peak
+
+    def _see(self, pid: int, child: _Child) -> int:
+        """Take what a child holds now; return its peak since the last look."""
+        faults = _faults(pid)  # first: what comes while we look belongs to the next look
+        now = _now(pid)
+        if now is None:
+            self._drop(pid)
+            return 0
+        # Within an old mark nothing else tells of what comes and goes between two looks.
+        took = faults != child.faults
+        mark = _mark(pid) if took or not faults else child.mark
+        counted, rose = child.part(*now), mark > child.mark
+        self.changes += took or rose or counted > child.counted
+        child.faults, child.mark, child.counted = faults, max(mark, child.mark), counted
+        return max(counted, child.part(mark, now[1])) if rose else counted
 
     def _list(self, own_anonymous: int) -> None:
         # Processor time: what a busy machine makes us wait is not the cost of listing.
@@ -137,7 +146,8 @@ class Children:
         self.listed = pids
         for pid in pids - self._known.keys():
             # The peak of an old child belongs to the past; of a new one all counts.
-            self._known[pid] = _Child(_mark(pid) if old else 0, own_anonymous)
+            past = (_faults(pid), _mark(pid)) if old else (0, 0)
+            self._known[pid] = _Child(*past, own_anonymous)
         self._listed = time.monotonic()
         self._next_listing = self._listed + (time.thread_time() - began) / LIST_SHARE
 
@@ -205,6 +215,15 @@ def _mark(pid: int) -> int:
     """Return the high-water mark of a process in bytes; 0 where it has none."""
     try:
         return int(_read(f"/proc/{pid}/status").split(b"VmHWM:", 1)[1].split(None, 1)[0]) * KIB
+    except (OSError, IndexError):
+        return 0
+
+
+def _faults(pid: int) -> int:
+    """Return the page faults of a process, minor and major; 0 where not known."""
+    try:
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return int(fields[7]) + int(fields[9])
     except (OSError, IndexError):
         return 0
 

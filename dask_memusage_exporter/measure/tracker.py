@@ -220,13 +220,12 @@ class Tracker:
         children = self._children
         if self._sampler.asleep:
             self._sampler.wake()
-        if children.listed:
-            children.refresh()
+        children_peak = children.refresh() if children.listed else 0
         with self._lock:
             if self._disabled:  # closed meanwhile: its descriptors may be somebody else's now
                 return None
             if self._open:
-                self._meet(bracket)
+                self._meet(bracket, children_peak)
             rss, bracket.faults = self._source.reset()
             self._base = rss, bracket.faults, self._huge
             if bracket.faults - self._faults >= FEW_FAULTS or not bracket.faults:
@@ -249,8 +248,7 @@ class Tracker:
             Whether there is something to settle: False where the bracket was given up meanwhile,
             and in a forked child.
         """
-        if self._children.listed:
-            self._children.refresh()
+        children_peak = self._children.refresh() if self._children.listed else 0
         with self._lock:
             bracket.stop = self._clock()
             if self._disabled or bracket not in self._open:
@@ -258,9 +256,10 @@ class Tracker:
             try:
                 bracket.faults_after = faults = self._source.faults()
                 bracket.quiet = faults == bracket.faults and faults > 0
-                if not bracket.quiet:
+                if children_peak or not bracket.quiet:
                     self._faults = faults
-                    bracket.gone = max(0, bracket.rss - self._fold(0, faults) - self._children.rss)
+                    rss = self._fold(children_peak, faults) + self._children.rss
+                    bracket.gone = max(0, bracket.rss - rss)
             finally:
                 self._leave(bracket)
             if bracket.others is not None:
@@ -377,12 +376,12 @@ class Tracker:
 
     # -- neighbours ----------------------------------------------------------------------
 
-    def _meet(self, new: Bracket) -> None:
+    def _meet(self, new: Bracket, children_peak: int) -> None:
         """Let a bracket that opens and those that are open know of each other. Locked.
 
         Must be called before the mark is reset: what was so far is the others'.
         """
-        self._fold(0, self._source.faults())
+        self._fold(children_peak, self._source.faults())
         self._bury()
         self._open_account(new)
         new.others = {}
