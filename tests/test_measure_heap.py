@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -42,11 +43,33 @@ def test_budget() -> None:
     budget.save(19.0)  # 1.9 of the 2.0 that are owed
     assert not budget.allows
     budget.save(21.0)
+    assert not budget.allows  # the next may cost as much as the last, and the burst is all there is
+    budget.save(31.0)
     assert budget.allows
-    budget.save(1021.0)
+    budget.save(1031.0)
     budget.spend(1.0)  # no more than the burst has been saved
     assert not budget.allows
-    budget.earn(0.5)
+    budget.earn(1.0)
+    assert budget.allows
+
+
+def test_dear_questions_are_rare() -> None:
+    """Each is asked once as much is saved as the last has cost: none overdraws what is saved."""
+    budget = Budget(0.005, burst=0.05, now=0.0)
+    asked = []
+    for millisecond in range(10_000):
+        budget.save(millisecond / 1000)
+        if budget.allows:
+            budget.spend(0.015)
+            asked.append(millisecond)
+    # Three from the burst; then one when its 15 ms are saved again, in 3 s.
+    assert asked[:3] == [0, 1, 2]
+    assert len(asked) == 3 + 3
+    assert asked[3] >= 1990
+    assert min(after - before for before, after in pairwise(asked[3:])) >= 2990
+    # Once they cost little again, all that is saved is there for them.
+    budget.spend(0.0001)
+    budget.earn(0.001)
     assert budget.allows
 
 

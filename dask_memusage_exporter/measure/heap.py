@@ -22,7 +22,8 @@ from collections.abc import Callable
 
 #: Share of a worker's time that asking may cost, and of the time of tasks that turned out to
 #: grow, for which the answer matters. One question costs from 0.2 us on a fresh heap to about 1 ms
-#: with 100,000 free chunks; 0.3 ms where a task has just driven a worker's heap out of the caches.
+#: with 100,000 free chunks, and 15 ms with 300,000 of 2 kB; 0.3 ms where a task has just driven a
+#: worker's heap out of the caches.
 ASK_SHARE = 0.005
 GROWING_SHARE = 0.015
 #: What is saved up for asking, in seconds: enough for a large heap, spent by a few hundred tasks
@@ -60,6 +61,7 @@ class Budget:
     def __init__(self, share: float, burst: float, now: float) -> None:
         self._share, self._burst = share, burst
         self._saved = burst if share > 0 else 0.0
+        self._last = 0.0
         self._then = now
 
     def save(self, now: float) -> None:
@@ -69,12 +71,16 @@ class Budget:
 
     @property
     def allows(self) -> bool:
-        """Whether something may be spent now. What it costs is told afterwards."""
-        return self._saved > 0
+        """Whether something may be spent now: as much as the last time, if the burst has that.
+
+        What it costs is told afterwards.
+        """
+        return self._saved > 0 and self._saved >= min(self._last, self._burst)
 
     def spend(self, seconds: float) -> None:
         """Take off what was spent. The rest may become negative and is saved up again first."""
         self._saved -= seconds
+        self._last = seconds
 
     def earn(self, seconds: float) -> None:
         """Add to what is saved."""
