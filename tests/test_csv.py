@@ -414,6 +414,8 @@ def test_a_disk_that_fills(
     ours = (one for one in caplog.records if one.name == "distributed.scheduler.memusage")
     (line,) = (one for one in ours if one.levelno >= logging.WARNING)
     assert "csv failed" in line.getMessage()
+    assert str(path) in line.getMessage()
+    assert 'task_memory_dropped_records_total{reason="csv_write"}' in line.getMessage()
     metrics = Metrics.read(scheduler_port(cluster))
     name = "dask_scheduler_task_memory_dropped_records_total"
     assert metrics.total(name, reason="csv_write") == metrics.total(name) == lost

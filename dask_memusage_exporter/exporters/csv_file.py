@@ -100,7 +100,7 @@ class CsvFile:
             self._append()
         except OSError as error:
             self._health.drop("csv_write", rows)
-            self._health.error("csv", error)
+            self._health.error("csv", self._named(error))
 
     def close(self) -> None:
         """Write what waits and close the file."""
@@ -109,8 +109,17 @@ class CsvFile:
             try:
                 os.close(self._fd)
             except OSError as error:  # a network file system may tell only now
-                self._health.error("csv", error)
+                self._health.error("csv", self._named(error))
             self._fd = -1
+
+    def _named(self, error: OSError) -> OSError:
+        """Return an error of a write, for the log: what it says of itself names no file."""
+        return type(error)(
+            error.errno,
+            f"{error.strerror}; rows that are lost are counted in "
+            'task_memory_dropped_records_total{reason="csv_write"}',
+            self.path,
+        )
 
     def _append(self) -> None:
         # A key that is no valid text must not make the file unreadable for all others.
