@@ -32,9 +32,13 @@ its own metrics, so the two can be joined. Counters end in `_total`, info metric
 METRICS_TAIL = """
 ## Reading them
 
-- **Mean growth of a kind of task** (exact, from sum and count):
+- **Mean growth of a kind of task** (exact, from sum and count; of the tasks whose growth is known,
+  which are mostly the large ones):
   `sum by (task_prefix_name) (rate(dask_scheduler_task_memory_growth_bytes_sum[10m])) / sum by
   (task_prefix_name) (rate(dask_scheduler_task_memory_growth_bytes_count[10m]))`
+- **Share of tasks whose growth is known**, to be read beside it:
+  `sum by (task_prefix_name) (rate(dask_scheduler_task_memory_tasks_total{scope="process"}[10m])) /
+  sum by (task_prefix_name) (rate(dask_scheduler_task_memory_tasks_total[10m]))`
 - **95th percentile of peaks** (within a bucket's width):
   `histogram_quantile(0.95, sum by (le, task_prefix_name)
   (rate(dask_scheduler_task_memory_peak_bytes_bucket[10m])))`
