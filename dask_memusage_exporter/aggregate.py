@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
@@ -30,6 +31,9 @@ LABEL_LENGTH = 255
 
 #: Slots in which a sliding maximum is kept.
 _SLOTS = 10
+
+#: No count or sum of one batch is as large, and the floats of a page can hold what adds up.
+_BEYOND = 2**63
 
 
 class HistogramSnapshot(NamedTuple):
@@ -107,14 +111,8 @@ class Tally:
         self.tasks[record.scope] += 1
 
     def add(self, wire: Sequence[Any]) -> None:
-        """Add a tally as it travels; see :meth:`to_wire`.
-
-        Raises
-        ------
-        TypeError, ValueError
-            It is not one.
-        """
-        peak, growth, inputs, tasks, largest = wire[:5]
+        """Add a tally as it travels; see :meth:`to_wire`, and :func:`checked` for others'."""
+        peak, growth, inputs, tasks, largest = wire
         for histogram, (counts, total) in (
             (self.peak, peak), (self.growth, growth), (self.input, inputs),
         ):  # fmt: skip
@@ -173,6 +171,7 @@ class Batch:
 
     def __init__(self, bounds: Sequence[int]) -> None:
         self.bounds = bounds
+        self.fingerprint = fingerprint(bounds)
         self._lock = threading.Lock()
         self._tallies: dict[str, Tally] = {}
         #: Records in the batch.
@@ -231,6 +230,7 @@ class Aggregate:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bounds = bounds
+        self.fingerprint = fingerprint(bounds)
         self._max_prefixes = max_prefixes
         self._window = maximum_window
         self._wanted = wanted
@@ -247,7 +247,7 @@ class Aggregate:
         return len(self._prefixes) - 1
 
     def add(self, batch: Iterable[tuple[str, Sequence[Any]]]) -> None:
-        """Add a batch, as :meth:`Batch.take` returns it."""
+        """Add a batch, as :meth:`Batch.take` or :func:`checked` returns it."""
         now = self._clock()
         with self._lock:
             for label, wire in batch:
@@ -309,6 +309,59 @@ class Aggregate:
 def to_label(prefix: str) -> str:
     """Return a prefix as a label: of bounded length, and such that the page can be encoded."""
     return prefix[:LABEL_LENGTH].encode("utf-8", "replace").decode()
+
+
+def fingerprint(bounds: Sequence[int]) -> int:
+    """Return a number that tells bounds apart without sending them."""
+    return zlib.crc32(repr(tuple(bounds)).encode())
+
+
+def checked(batch: Iterable[Any], buckets: int) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return a batch that came from elsewhere, once all of it can be added and shown.
+
+    What is added stays until the process ends: a label that is no string would fail the whole
+    page, a negative count would make a counter fall. What a later version adds to the end of a
+    tally is left out.
+
+    Raises
+    ------
+    ValueError
+        It is not a batch of histograms with that many buckets, infinity's among them.
+    """
+    label: Any = None
+    try:
+        checked_batch = []
+        for label, wire in batch:
+            tally = tuple(wire[:5])
+            if type(label) is not str or not _is_tally(tally, buckets):
+                break
+            checked_batch.append((to_label(label), tally))
+        else:
+            return checked_batch
+    except (TypeError, ValueError, LookupError):
+        pass
+    raise ValueError(f"not a batch of counts, at label {label!r:.99}")
+
+
+def _is_tally(tally: tuple[Any, ...], buckets: int) -> bool:
+    # Exact types: a bool or a float of another process is no count, and this is the fastest.
+    peak, growth, inputs, tasks, largest = tally
+    for counts, total in (peak, growth, inputs):
+        if not is_count(total):
+            return False
+        for bucket, count in counts:
+            if type(bucket) is not int or not 0 <= bucket < buckets or not is_count(count):
+                return False
+    for scope, count in tasks:
+        if type(scope) is not str or not is_count(count):
+            return False
+    one, other = largest
+    return type(one) is type(other) is int and -1 <= one < _BEYOND and -1 <= other < _BEYOND
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value from elsewhere can be added to a counter."""
+    return type(value) is int and 0 <= value < _BEYOND
 
 
 def totals(

@@ -109,6 +109,7 @@ class Reporter:
             "incarnation": self._incarnation,
             "records": records,
             "buckets": len(process.settings.buckets),
+            "fingerprint": batch.fingerprint,
             "prefixes": tallies,
             "health": process.health.rises(),
         }

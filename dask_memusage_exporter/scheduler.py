@@ -19,7 +19,7 @@ from distributed.protocol.pickle import dumps
 from prometheus_client import Metric
 
 from dask_memusage_exporter import __version__, catalog, http
-from dask_memusage_exporter.aggregate import Aggregate
+from dask_memusage_exporter.aggregate import Aggregate, checked, is_count
 from dask_memusage_exporter.bootstrap import ByValue
 from dask_memusage_exporter.config import ConfigError, Settings, explicit, prometheus_namespace
 from dask_memusage_exporter.deaths import Deaths, Kill, Kills, describe, to_record
@@ -125,22 +125,51 @@ class SchedulerAgent:
         incarnation: str | None = None,
         records: int = 0,
         buckets: int = 0,
+        fingerprint: int | None = None,
         prefixes: Iterable[Any] = (),
         health: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Add a worker's counts to the cluster's; runs on the event loop and never raises."""
+        """Add a worker's counts to the cluster's, all or none; runs on the event loop.
+
+        Never raises. A batch whose health is wrong still has its counts.
+        """
         with self.health.guard("aggregate"):
+            try:
+                tallies = self._checked(
+                    worker, incarnation, records, buckets, fingerprint, prefixes
+                )
+            except ValueError:
+                # At least one, where even the number is none.
+                self.health.drop("invalid", records if is_count(records) else 1)
+                raise
+            self.aggregate.add(tallies)
             if incarnation is not None:
                 self._received[incarnation] = self._received.get(incarnation, 0) + records
-            self.health.add(health or {})
-            if buckets != len(self.aggregate.bounds):
-                self.health.drop("invalid", records)
-                raise ValueError(
-                    f"worker {worker} counts in {buckets} buckets and not "
-                    f"{len(self.aggregate.bounds)}; restart it, to take the scheduler's settings"
-                )
-            self.aggregate.add(prefixes)
+        with self.health.guard("aggregate"):
+            self.health.add(_checked_rises(health or {}))
+
+    def _checked(
+        self,
+        worker: str,
+        incarnation: Any,
+        records: Any,
+        buckets: Any,
+        fingerprint: Any,
+        prefixes: Iterable[Any],
+    ) -> list[tuple[str, tuple[Any, ...]]]:
+        """Return a batch that can be added; ValueError where it cannot."""
+        bounds = self.aggregate.bounds
+        # Workers of before the fingerprint send the number alone.
+        known = type(fingerprint) is int
+        if buckets != len(bounds) or (known and fingerprint != self.aggregate.fingerprint):
+            raise ValueError(
+                f"worker {worker} counts in {buckets} buckets and not in the scheduler's "
+                f"{len(bounds)}, or with other bounds; restart it, to take the scheduler's settings"
+            )
+        if not is_count(records) or not (incarnation is None or type(incarnation) is str):
+            raise ValueError(f"worker {worker} sent no batch of counts")
+        return checked(prefixes, len(bounds) + 1)
 
     def handle_hello(
         self,
@@ -362,3 +391,13 @@ async def on_preload(scheduler: Scheduler, csv_path: str | None = None) -> None:
         logger.warning("dask-memusage: nothing is measured. %s", error)
     else:
         await agent.push()
+
+
+def _checked_rises(health: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return what a worker's own counters have risen by; raises where one of them is no rise."""
+    rises = {name: dict(health.get(name, {})) for name in ("errors", "seconds", "dropped")}
+    for name, counts in rises.items():
+        for key, rise in counts.items():
+            if type(rise) not in (int, float) or not 0 <= rise < 2**63:
+                raise ValueError(f"not a rise of a worker's {name}: {key!r:.99} by {rise!r:.99}")
+    return rises

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from dask_memusage_exporter.aggregate import (
     Batch,
     Histogram,
     SlidingMaximum,
+    checked,
     totals,
 )
 from dask_memusage_exporter.config import DEFAULT_BUCKETS, MIB
@@ -128,10 +130,89 @@ def test_scopes_of_another_version_are_counted_in_the_histograms(clock: Clock) -
     batch.observe(record("x", peak=15))
     ((label, (peak, growth, inputs, _, largest)),) = batch.take()
     tasks = aggregate(clock)
-    tasks.add([(label, (peak, growth, inputs, (("thread", 1),), largest, "more"))])
+    tasks.add(checked([(label, (peak, growth, inputs, (("thread", 1),), largest, "more"))], 4))
     (x,) = tasks.snapshot()
     assert x.peak.cumulative[-1] == 1
     assert set(x.tasks.values()) == {0}
+
+
+def tally(**parts: Any) -> list[Any]:
+    """Return one prefix of a batch as it travels: two tasks of 15 bytes, one of them its own."""
+    wire = {
+        "peak": (((1, 2),), 30),
+        "growth": (((0, 1),), 5),
+        "input": ((), 0),
+        "tasks": (("process", 1), ("shared", 1)),
+        "largest": (15, 5),
+        **parts,
+    }
+    return ["x", list(wire.values())]
+
+
+def test_what_a_worker_sends_is_what_is_checked(clock: Clock) -> None:
+    """A batch comes out as it went in, also from connections that make lists of tuples."""
+    batch = Batch((10, 20, 40))
+    for peak in (0, 15, 99):
+        batch.observe(record("x", peak=peak, growth=peak or None))
+    taken = batch.take()
+    assert checked(taken, 4) == taken
+    tasks = aggregate(clock)
+    tasks.add(checked([tally()], 4))
+    (x,) = tasks.snapshot()
+    assert (x.peak, x.growth_maximum) == (([0, 2, 2, 2], 30), 5)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        7,
+        None,
+        "xy",
+        [7],
+        [["x"]],
+        [["x", "abcde"]],
+        [["x", [1, 2, 3, 4, 5]]],
+        [[7, tally()[1]]],
+        [[None, tally()[1]]],
+        [[["x"], tally()[1]]],
+        [["x", tally()[1][:4]]],
+        [tally(peak=(((1, 2),), -1))],
+        [tally(peak=(((1, 2),), "30"))],
+        [tally(peak=(((1, 2),), 10**400))],
+        [tally(peak=(((1, -2),), 30))],
+        [tally(peak=(((1, 0.5),), 30))],
+        [tally(peak=(((1, True),), 30))],
+        [tally(peak=(((999, 2),), 30))],
+        [tally(peak=(((4, 2),), 30))],
+        [tally(peak=(((-1, 2),), 30))],
+        [tally(peak=((("1", 2),), 30))],
+        [tally(peak=({1: 2}, 30))],
+        [tally(growth=None)],
+        [tally(input=((1, 2), 3))],
+        [tally(tasks=(("process", -1),))],
+        [tally(tasks=(("process", None),))],
+        [tally(tasks=((7, 1),))],
+        [tally(tasks=7)],
+        [tally(largest=(15,))],
+        [tally(largest=(15, None))],
+        [tally(largest=(15, 5.0))],
+        [tally(largest=(-2, 5))],
+    ],
+    ids=repr,
+)
+def test_what_is_no_batch_is_refused_as_a_whole(bad: Any) -> None:
+    """Whatever is wrong, and wherever: no part of it comes through."""
+    with pytest.raises(ValueError, match="not a batch of counts"):
+        checked(bad, 4)
+    if isinstance(bad, list):
+        with pytest.raises(ValueError, match="not a batch of counts"):
+            checked([tally(), *bad], 4)
+
+
+def test_labels_of_others_are_bounded_too() -> None:
+    """A worker that does not cut them, or sends what no page can be encoded with."""
+    batch = [[prefix, tally()[1]] for prefix in ("x" * 10_000, "bad\udcff")]
+    assert [label for label, _ in checked(batch, 4)] == ["x" * LABEL_LENGTH, "bad?"]
 
 
 def test_growth_counts_only_where_it_is_the_tasks_own(clock: Clock) -> None:
