@@ -58,7 +58,7 @@ class Recording:
         await self._stop()
 
     async def _start(self) -> Any:
-        return await getattr(self._client.scheduler, START_OP)()
+        return await getattr(self._client.scheduler, START_OP)(client=self._client.id)
 
     async def _stop(self) -> None:
         rows, self.left_out = await getattr(self._client.scheduler, STOP_OP)(token=self._token)

@@ -78,7 +78,7 @@ class SchedulerAgent:
         self.scheduler.handlers[LEAVING_OP] = self.handle_leaving
         self.scheduler.handlers[START_OP] = self.start_recording
         self.scheduler.handlers[STOP_OP] = self.stop_recording
-        self.scheduler.add_plugin(_Events(self.deaths), name=_Events.name)
+        self.scheduler.add_plugin(_Events(self), name=_Events.name)
         with self.health.guard("render"):
             http.add_routes(self.scheduler)
         prometheus.add(self)
@@ -203,20 +203,41 @@ class SchedulerAgent:
         parting.pop("comm", None)
         self.handle_goodbye(worker=worker, **parting)
 
-    async def start_recording(self) -> str:
-        """Keep all records from now on; return the token to fetch them by. Called by a client."""
+    async def start_recording(self, client: str | None = None) -> str:
+        """Keep all records from now on; return the token to fetch them by. Called by a client.
+
+        Parameters
+        ----------
+        client
+            Its id: with it the recording goes. None: it stays until it is fetched.
+        """
         token = uuid.uuid4().hex
-        self._recordings[token] = RecordingSink()
+        self._recordings[token] = RecordingSink(client)
         self.add_sink(self._recordings[token])
         await self.push()
+        if client is not None and client not in self.scheduler.clients:
+            self.forget_client(client)  # it went before it was heard
         return token
 
-    async def stop_recording(self, token: str) -> tuple[list[tuple[Any, ...]], int]:
-        """Return the records kept and how many were left out. Called by a client."""
-        sink = self._recordings.pop(token)
+    async def stop_recording(self, token: str) -> tuple[list[tuple[Any, ...]], int] | None:
+        """Return the records kept and how many were left out. Called by a client.
+
+        None: nothing is kept any more, for the client had been gone.
+        """
+        sink = self._recordings.pop(token, None)
+        if sink is None:
+            return None
         self.sinks.remove(sink)
         await self.push()
         return sink.records, sink.left_out
+
+    def forget_client(self, client: str) -> None:
+        """Drop the recordings of a client that has gone: nobody will fetch them."""
+        gone = [token for token, sink in self._recordings.items() if sink.client == client]
+        for token in gone:
+            self.sinks.remove(self._recordings.pop(token))
+        if gone:
+            self.scheduler.loop.add_callback(self.push)
 
     def _on_kill(self, kill: Kill) -> None:
         self.kills.count(kill)
@@ -299,20 +320,24 @@ class SchedulerAgent:
         """Let everything go; ``Scheduler.close`` calls this on all extensions."""
         prometheus.remove(self)
         self.deaths.close()
+        self._recordings.clear()
         while self.sinks:
             self.sinks.pop().close()
 
 
 class _Events(SchedulerPlugin):
-    """Hears the scheduler's events: workers that are removed, and the nannies' memory kills."""
+    """Hears the scheduler's events: workers and clients that go, and the nannies' memory kills."""
 
     name = f"{EXTENSION}-events"
 
-    def __init__(self, deaths: Deaths) -> None:
-        self._deaths = deaths
+    def __init__(self, agent: SchedulerAgent) -> None:
+        self._agent = agent
 
     def log_event(self, topic: str, msg: Any) -> None:
-        self._deaths.event(topic, msg)
+        self._agent.deaths.event(topic, msg)
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:  # noqa: ARG002  # Dask's signature
+        self._agent.forget_client(client)
 
 
 class MemusageSchedulerPlugin(SchedulerPlugin):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Scheduler
 
 from dask_memusage_exporter import TaskMemory, record
+from dask_memusage_exporter.scheduler import prepare
+from tests.conftest import wait_until
 
 MIB = 2**20
 
@@ -97,6 +101,60 @@ def test_asynchronous_clients_record_too() -> None:
             return recording.records
 
     assert [one.key for one in asyncio.run(run())] == ["aio-0"]
+
+
+#: A notebook whose kernel dies inside the block.
+DIES = """
+import os, sys
+from distributed import Client
+from dask_memusage_exporter import record
+record(Client(sys.argv[1])).__enter__()
+os._exit(7)
+"""
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "closes"])
+def test_a_recording_goes_with_its_client(
+    make_cluster: Callable[..., LocalCluster], make_client: Callable[..., Client], dies: bool
+) -> None:
+    """Nothing is kept for who will not come back, and workers send rows no longer."""
+    cluster = make_cluster()
+    client = make_client(cluster)
+    with record(client) as others:
+        pass
+    agent = cluster.scheduler.extensions["memusage"]
+    if dies:
+        command = [sys.executable, "-c", DIES, cluster.scheduler_address]
+        assert subprocess.run(command, timeout=60, check=False).returncode == 7
+    else:
+        with record(client) as others:
+            with Client(cluster) as gone:
+                record(gone).__enter__()
+                assert len(agent.sinks) == len(agent._recordings) == 2
+            wait_until(lambda: len(agent.sinks) == len(agent._recordings) == 1)
+            client.submit(block, 1, key="other-0").result()
+        assert [one.key for one in others.records] == ["other-0"]
+    wait_until(lambda: not agent.sinks and not agent._recordings)
+
+    def rows(dask_worker: Any) -> bool:
+        return dask_worker.extensions["memusage"].reporter.rows
+
+    wait_until(lambda: set(client.run(rows).values()) == {False})
+
+
+def test_who_has_gone_before_it_was_heard_leaves_nothing() -> None:
+    """A client's death and its request come on connections of their own, in any order."""
+
+    async def run() -> None:
+        async with Scheduler(dashboard_address="127.0.0.1:0", port=0) as scheduler:
+            agent = prepare(scheduler, None)
+            await agent.start_recording(client="gone")
+            assert not agent.sinks
+            # Clients of before say no name: theirs stays until it is fetched.
+            token = await agent.start_recording()
+            assert await agent.stop_recording(token) == ([], 0)
+
+    asyncio.run(run())
 
 
 def test_without_a_client_it_says_so() -> None:

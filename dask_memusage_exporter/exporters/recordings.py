@@ -14,9 +14,16 @@ START_OP, STOP_OP = "memusage_record_start", "memusage_record_stop"
 
 
 class RecordingSink:
-    """Keeps records at the scheduler until they are fetched."""
+    """Keeps records at the scheduler until they are fetched.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    client
+        The id of the one who will fetch them, if it is known.
+    """
+
+    def __init__(self, client: str | None) -> None:
+        self.client = client
         self.records: list[tuple[Any, ...]] = []
         self.left_out = 0
 
