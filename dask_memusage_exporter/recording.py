@@ -6,11 +6,13 @@
 
 Covers: every execution that ends inside the block, whoever submitted it to the cluster.
 Does not cover: more records than the scheduler keeps (:data:`exporters.recordings.MOST`); the rest
-are counted in ``recording.left_out``.
+are counted in ``recording.left_out``. A scheduler or a connection that is lost inside the block:
+the records are lost with it, and an error says so, or a warning where the block has its own.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
@@ -22,6 +24,13 @@ from dask_memusage_exporter.records import TaskMemory
 if TYPE_CHECKING:
     import matplotlib.axes
     import pandas
+
+logger = logging.getLogger("distributed.client.memusage")
+
+_LOST = (
+    "the client has lost its connection to the scheduler inside the block, and the records went "
+    "with the scheduler that kept them"
+)
 
 
 class Recording:
@@ -46,23 +55,49 @@ class Recording:
         self._token = self._client.sync(self._start)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._client.sync(self._stop)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # Ahead of sync, which may find no loop to run on.
+            self._check_connected()
+            self._client.sync(self._stop)
+        except Exception as error:
+            self._on_lost(kind, error)
 
     async def __aenter__(self) -> Recording:
         await install(self._client)
         self._token = await self._start()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._stop()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            await self._stop()
+        except Exception as error:
+            self._on_lost(kind, error)
 
     async def _start(self) -> Any:
         return await getattr(self._client.scheduler, START_OP)(client=self._client.id)
 
     async def _stop(self) -> None:
-        rows, self.left_out = await getattr(self._client.scheduler, STOP_OP)(token=self._token)
+        self._check_connected()
+        try:
+            kept = await getattr(self._client.scheduler, STOP_OP)(token=self._token)
+        except (OSError, RuntimeError) as error:
+            raise ConnectionError(_LOST) from error
+        if kept is None:
+            raise ConnectionError(_LOST)
+        rows, self.left_out = kept
         self.records = [TaskMemory(*row) for row in rows]
+
+    def _check_connected(self) -> None:
+        # A client that connects anew is a new one to the scheduler, which has dropped the records.
+        if self._client.scheduler is None or self._client.status != "running":
+            raise ConnectionError(_LOST)
+
+    def _on_lost(self, kind: type[BaseException] | None, error: Exception) -> None:
+        """Raise an error of ours, or log it where it would hide the block's own."""
+        if kind is None:
+            raise error
+        logger.warning("dask-memusage: nothing was recorded (%s: %s)", type(error).__name__, error)
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row a record, the fields of :class:`TaskMemory` as columns.
@@ -149,5 +184,7 @@ def record(client: Client | None = None) -> Recording:
     ------
     ValueError
         There is no default client.
+    ConnectionError
+        At the end of a block that raised nothing itself: the records are lost with the scheduler.
     """
     return Recording(client if client is not None else default_target())

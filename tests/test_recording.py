@@ -157,6 +157,70 @@ def test_who_has_gone_before_it_was_heard_leaves_nothing() -> None:
     asyncio.run(run())
 
 
+class OwnError(Exception):
+    """The block's."""
+
+
+def close_cluster(cluster: LocalCluster, client: Client) -> None:
+    cluster.close()
+    wait_until(lambda: client.status != "running")
+
+
+def close_client(cluster: LocalCluster, client: Client) -> None:
+    client.close()
+
+
+def lose_connection(cluster: LocalCluster, client: Client) -> None:
+    """Cut it; the client connects anew, and the scheduler has let its recordings go."""
+    agent, loop = cluster.scheduler.extensions["memusage"], cluster.scheduler.loop
+    loop.add_callback(lambda: [comm.abort() for comm in cluster.scheduler.client_comms.values()])
+    wait_until(lambda: not agent._recordings)
+    wait_until(lambda: client.status == "running")
+
+
+@pytest.mark.parametrize("lose", [close_cluster, close_client, lose_connection])
+@pytest.mark.parametrize("raises", [True, False], ids=["raises", "ends"])
+def test_records_that_are_lost_hide_no_error_of_the_block(
+    make_cluster: Callable[..., LocalCluster],
+    lose: Callable[[LocalCluster, Client], None],
+    raises: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The block's own error comes through, and a line says what is lost; else an error says it."""
+    cluster = make_cluster(processes=False)
+
+    def run() -> None:
+        with Client(cluster) as client, record(client):
+            lose(cluster, client)
+            if raises:
+                raise OwnError
+
+    with caplog.at_level("WARNING"), pytest.raises(OwnError if raises else ConnectionError) as hit:
+        run()
+    lines = [line for line in caplog.messages if "nothing was recorded" in line]
+    assert len(lines) == raises
+    assert "went with the scheduler" in (lines[0] if raises else str(hit.value))
+
+
+@pytest.mark.parametrize("raises", [True, False], ids=["raises", "ends"])
+def test_asynchronous_blocks_keep_their_errors_too(raises: bool) -> None:
+    """As in a `with` block."""
+
+    async def run() -> None:
+        options = {"n_workers": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
+        async with (
+            LocalCluster(**options, asynchronous=True) as cluster,
+            Client(cluster, asynchronous=True) as client,
+            record(client),
+        ):
+            await cluster.close()
+            if raises:
+                raise OwnError
+
+    with pytest.raises(OwnError if raises else ConnectionError):
+        asyncio.run(run())
+
+
 def test_without_a_client_it_says_so() -> None:
     """The error says what to do."""
     with pytest.raises(ValueError, match="create distributed"):
