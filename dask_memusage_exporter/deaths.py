@@ -219,6 +219,11 @@ class Deaths:
         for raw in home.get("wrecks", ()):
             self._found(raw)
 
+    @property
+    def unsettled(self) -> frozenset[str]:
+        """The incarnations of workers that have died and whose kills are not told yet."""
+        return frozenset(self._open)
+
     def source_of(self, worker: str) -> str | None:
         """Return where a worker's peaks come from; None where it has not said."""
         home = self._homes.get(worker)

@@ -8,8 +8,10 @@ The state lives in ``scheduler.extensions["memusage"]``: a plugin that is regist
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,8 @@ logger = logging.getLogger("distributed.scheduler.memusage")
 
 #: Seconds for which it is remembered what workers that have gone had reported.
 _LATE = 3600
+#: Seconds that a recording waits at most for what became of workers that died in its block.
+_PATIENCE = 5.0
 
 
 class SchedulerAgent:
@@ -222,11 +226,18 @@ class SchedulerAgent:
     async def stop_recording(self, token: str) -> tuple[list[tuple[Any, ...]], int] | None:
         """Return the records kept and how many were left out. Called by a client.
 
-        None: nothing is kept any more, for the client had been gone.
+        None: nothing is kept any more, for the client had been gone or the scheduler closes.
         """
         sink = self._recordings.pop(token, None)
         if sink is None:
             return None
+        sink.end(time.time())
+        # The client hears that a worker died before we know which task it ran.
+        deaths, most = self.deaths.unsettled, time.monotonic() + _PATIENCE
+        while deaths & self.deaths.unsettled and time.monotonic() < most:
+            await asyncio.sleep(0.02)
+        if sink not in self.sinks:
+            return None  # the scheduler has closed meanwhile
         self.sinks.remove(sink)
         await self.push()
         return sink.records, sink.left_out

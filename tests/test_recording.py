@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster, Scheduler
+from distributed import Client, KilledWorker, LocalCluster, Scheduler
 
 from dask_memusage_exporter import TaskMemory, record
+from dask_memusage_exporter.exporters.recordings import RecordingSink
 from dask_memusage_exporter.scheduler import prepare
 from tests.conftest import wait_until
 
@@ -155,6 +161,57 @@ def test_who_has_gone_before_it_was_heard_leaves_nothing() -> None:
             assert await agent.stop_recording(token) == ([], 0)
 
     asyncio.run(run())
+
+
+def die(mib: int) -> None:
+    """Take memory, and kill the worker once it has been seen."""
+    block = np.ones(mib * MIB // 8)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+    del block
+
+
+def test_a_kill_in_the_block_is_in_its_records(
+    make_cluster: Callable[..., LocalCluster], make_client: Callable[..., Client]
+) -> None:
+    """The client hears that the worker died before it is known what it ran: the end waits."""
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
+        client = make_client(make_cluster())
+        with record(client) as recording, contextlib.suppress(KilledWorker):
+            client.submit(die, 100, key="die-0").result()
+    (one,) = recording.records
+    assert (one.key, one.status) == ("die-0", "killed")
+    assert one.peak_bytes > 100 * MIB
+
+
+def test_a_recording_waits_for_no_death_for_ever(
+    make_cluster: Callable[..., LocalCluster],
+    make_client: Callable[..., Client],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nobody tells what a worker ran, the records that are there are returned."""
+    monkeypatch.setattr("dask_memusage_exporter.scheduler._PATIENCE", 0.1)
+    cluster = make_cluster(processes=False)
+    client = make_client(cluster)
+    with record(client) as recording:
+        client.submit(block, 1, key="lived-0").result()
+        deaths = cluster.scheduler.extensions["memusage"].deaths
+        monkeypatch.setitem(deaths._open, "nobody-tells", None)
+    assert [one.key for one in recording.records] == ["lived-0"]
+
+
+def test_what_comes_while_a_recording_waits_is_not_in_it() -> None:
+    """Of what arrives after the block, only kills of within it are the block's."""
+    killed = TaskMemory(
+        "key", "killed", "worker", 1.0, 5.0, 0, 0, None, "shared", "polling", None, 0, 1, None,
+        None, "killed", None,
+    )  # fmt: skip
+    sink = RecordingSink(None)
+    sink.end(6.0)
+    sink.write(killed)
+    sink.write(killed._replace(status="finished"))
+    sink.write(killed._replace(stop=7.0))
+    assert sink.records == [tuple(killed)]
 
 
 class OwnError(Exception):

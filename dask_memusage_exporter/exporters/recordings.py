@@ -26,9 +26,17 @@ class RecordingSink:
         self.client = client
         self.records: list[tuple[Any, ...]] = []
         self.left_out = 0
+        self._end: float | None = None
+
+    def end(self, now: float) -> None:
+        """Keep from now on only kills of before, which are told late; seconds since the epoch."""
+        self._end = now
 
     def write(self, record: TaskMemory) -> None:
         """Keep one record."""
+        # Kills have the scheduler's clock, which this is; other records have their worker's.
+        if self._end is not None and (record.status != "killed" or record.stop > self._end):
+            return
         if len(self.records) < MOST:
             self.records.append(tuple(record))
         else:
