@@ -200,6 +200,23 @@ def test_a_recording_waits_for_no_death_for_ever(
     assert [one.key for one in recording.records] == ["lived-0"]
 
 
+def test_a_scheduler_that_closes_meanwhile_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for a death ends in an answer that the client takes for a loss, and in no error."""
+
+    async def run() -> None:
+        async with Scheduler(dashboard_address="127.0.0.1:0", port=0) as scheduler:
+            agent = prepare(scheduler, None)
+            token = await agent.start_recording()
+            monkeypatch.setitem(agent.deaths._open, "nobody-tells", None)
+            stopping = asyncio.ensure_future(agent.stop_recording(token))
+            await asyncio.sleep(0)
+            agent.teardown()
+            monkeypatch.undo()
+            assert await stopping is None
+
+    asyncio.run(run())
+
+
 def test_what_comes_while_a_recording_waits_is_not_in_it() -> None:
     """Of what arrives after the block, only kills of within it are the block's."""
     killed = TaskMemory(
