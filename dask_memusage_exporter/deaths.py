@@ -196,11 +196,6 @@ class Deaths:
         self._memory_kills: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    @property
-    def open(self) -> bool:
-        """Whether there are deaths of which more may become known."""
-        return bool(self._open)
-
     def hello(self, worker: str, home: Mapping[str, Any]) -> None:
         """Take note of a worker's flight file, and of what it found of others."""
         state = self._scheduler.workers.get(worker)

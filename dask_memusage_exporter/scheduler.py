@@ -146,12 +146,17 @@ class SchedulerAgent:
             except ValueError:
                 # At least one, where even the number is none.
                 self.health.drop("invalid", records if is_count(records) else 1)
+                self._receive(incarnation, records)
                 raise
             self.aggregate.add(tallies)
-            if incarnation is not None:
-                self._received[incarnation] = self._received.get(incarnation, 0) + records
+            self._receive(incarnation, records)
         with self.health.guard("aggregate"):
             self.health.add(_checked_rises(health or {}))
+
+    def _receive(self, incarnation: Any, records: Any) -> None:
+        """Remember what has come of a process, taken in or not: it is not lost with it again."""
+        if type(incarnation) is str and is_count(records):
+            self._received[incarnation] = self._received.get(incarnation, 0) + records
 
     def _checked(
         self,
@@ -185,7 +190,7 @@ class SchedulerAgent:
         """Take note of a worker that reports."""
         with self.health.guard("record"):
             self.deaths.hello(worker, home or {})
-            self.health.add(health or {})
+            self.health.add(_checked_rises(health or {}))
 
     def handle_goodbye(
         self,
@@ -202,8 +207,9 @@ class SchedulerAgent:
         self, worker: str = "", batches: Iterable[Mapping[str, Any]] = (), **parting: Any
     ) -> None:
         """Hear the same by a connection of its own: where the stream is broken, or of a nanny."""
-        for batch in batches:
-            self.handle_batch(worker=worker, **batch)
+        with self.health.guard("aggregate"):
+            for batch in batches:
+                self.handle_batch(worker=worker, **batch)
         parting.pop("comm", None)
         self.handle_goodbye(worker=worker, **parting)
 

@@ -99,7 +99,6 @@ def test_a_bad_batch_is_left_out_as_a_whole(
             agent.handle_batch(**message)
             agent.handle_batch(**message)
         assert counts(agent) == {"a": 1, "b": 1}
-        assert agent._received == {"one": 2}
         assert agent.health.dropped["invalid"] == 6
         assert agent.health.errors["aggregate"] == 2
         assert agent.health.dropped["disconnected"] == 6
@@ -107,6 +106,20 @@ def test_a_bad_batch_is_left_out_as_a_whole(
         # The next one is as good as any.
         agent.handle_batch(**batch("a", "c"))
         assert counts(agent) == {"a": 2, "b": 1, "c": 1}
+
+    at_scheduler(test)
+
+
+def test_what_was_refused_is_lost_once() -> None:
+    """It has come: when its worker dies it is not lost with it again."""
+
+    def test(agent: SchedulerAgent) -> None:
+        agent.handle_batch(**batch("a", "b"))
+        agent.handle_batch(**{**batch("a", "b", "c"), "buckets": 1})
+        agent._on_end("one", 6)
+        assert agent.health.dropped["invalid"] == 3
+        assert agent.health.dropped["worker_gone"] == 1
+        assert agent._received == {}
 
     at_scheduler(test)
 

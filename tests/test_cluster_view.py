@@ -209,7 +209,7 @@ def test_fifty_workers_come_and_go(measure: Callable[..., Measured]) -> None:
     assert not [address for address in seen if address in text]
     wait_until(lambda: len(agent.deaths._homes) == 1)
     assert set(agent._received) <= {home.incarnation for home in agent.deaths._homes.values()}
-    assert not agent.deaths.open
+    assert not agent.deaths.unsettled
 
 
 def test_a_scheduler_that_restarts(tmp_path: Path) -> None:

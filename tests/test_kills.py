@@ -101,7 +101,7 @@ def _rss_mib(pid: int) -> float:
 def settled(measured: Measured) -> None:
     """Wait until all ends are settled, and not merely not yet noticed."""
     deaths = measured.cluster.scheduler.extensions["memusage"].deaths
-    wait_until(lambda: not deaths.open and not deaths._tasks, timeout=40)
+    wait_until(lambda: not deaths.unsettled and not deaths._tasks, timeout=40)
 
 
 def open_incarnations(measured: Measured) -> set[str]:
@@ -495,7 +495,7 @@ def test_who_comes_after_the_patience_still_tells(
                 client.wait_for_workers(1)
                 client.gather(client.map(abs, range(20), key="unsent"))
                 future = client.submit(os.kill, first.process.pid, signal.SIGKILL, key="late-0")
-                wait_until(lambda: deaths._settled and not deaths.open)
+                wait_until(lambda: deaths._settled and not deaths.unsettled)
                 name = "dask_scheduler_task_memory_killed_tasks_total"
                 port = cluster.scheduler.http_server.port
                 assert Metrics.read(port).total(name) == 0
