@@ -135,9 +135,10 @@ class Servers:
     @staticmethod
     def _end(server: Server) -> None:
         if server.process.poll() is None:
+            server.process.terminate()
             try:
-                server.stop()
-            except subprocess.TimeoutExpired:
+                server.process.wait(5)
+            except subprocess.TimeoutExpired:  # it waits for its tasks
                 server.process.kill()
                 server.process.wait()
 

@@ -223,7 +223,7 @@ def test_a_scheduler_that_restarts(tmp_path: Path) -> None:
             worker = one.worker("--no-nanny")
             one.client.gather(one.client.map(abs, range(7), key="lived", pure=False))
             if one is servers:
-                running = one.client.submit(sleep, 600, key="cut-0")
+                running = one.client.submit(sleep, 5, key="cut-0")
                 wait_until(lambda: "cut-0" in page(servers.scheduler_port, "/memusage/live"))
                 one.kill_scheduler()
                 # A worker closes with its scheduler, unlike one that is killed.

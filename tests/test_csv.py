@@ -106,6 +106,11 @@ def test_the_old_format_exactly(two: Measured, tmp_path: Path) -> None:
     assert 99 < grown < 103
 
 
+def state_of(key: str, dask_worker: Any) -> str | None:
+    task = dask_worker.state.tasks.get(key)
+    return None if task is None else task.state
+
+
 def test_the_old_format_has_finished_and_erred_tasks_only(two: Measured, tmp_path: Path) -> None:
     """As dask-memusage wrote it; a cancelled task is in the full format alone."""
     from distributed import Event
@@ -131,6 +136,8 @@ def test_the_old_format_has_finished_and_erred_tasks_only(two: Measured, tmp_pat
     future = two.client.submit(wait, key="statuscancelled-1")
     going.wait(60)
     future.cancel()
+    # That it is over travels on another connection than that it is not wanted any more.
+    wait_until(lambda: "cancelled" in two.client.run(state_of, "statuscancelled-1").values())
     done.set()
     wait_until(lambda: two.records.of("statuscancelled"))
     two.client.submit(abs, -2, key="statusfinished-2").result()
