@@ -17,8 +17,10 @@ from benchmarks import report
 BENCHMARKS = (
     "accuracy",
     "kinds",
+    "threads",
     "bracket",
     "throughput",
+    "allocators",
     "idle",
     "completeness",
     "memory",

@@ -48,7 +48,7 @@ def measure(variant: str, saturation: float | str, tasks: int, batches: int) -> 
 
 
 def run(quick: bool) -> Result:
-    tasks, batches, count = (200, 1, 1) if quick else (1000, 3, 7)
+    tasks, batches, count = (200, 1, 1) if quick else (1000, 3, 5)
     saturations = ["inf"] if quick else list(SATURATIONS)
     variants = (NONE, CSV, OLD) if quick else VARIANTS
     table = Table(["worker-saturation", "variant", "tasks/s", "ratio to none",

@@ -17,6 +17,7 @@ except PackageNotFoundError:  # a copy on the path, not installed
 
 from dask_memusage_exporter.config import ConfigError
 from dask_memusage_exporter.install import install
+from dask_memusage_exporter.nanny import MemusageNannyPlugin
 from dask_memusage_exporter.recording import Recording, record
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin, on_preload
@@ -24,6 +25,7 @@ from dask_memusage_exporter.worker import MemusageWorkerPlugin
 
 __all__ = [
     "ConfigError",
+    "MemusageNannyPlugin",
     "MemusageSchedulerPlugin",
     "MemusageWorkerPlugin",
     "Recording",

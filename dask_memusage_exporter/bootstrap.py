@@ -1,9 +1,10 @@
-"""The plugin that is pushed to workers by value: imports us there, or says that it can't.
+"""The plugins that are pushed to workers and nannies by value: import us there, or say they can't.
 
 A worker that cannot unpickle a plugin dies at registration, and then no worker can join. So what
 travels is this module's source text inside a pickle of builtins: it loads on any worker and any
 Python that distributed runs on, with our package or without it, and decides there. Of the package
-it uses ``worker.attach`` alone: the scheduler's version may be newer or older than the worker's.
+it uses ``worker.attach`` and ``nanny.turn_on`` alone: the scheduler's version may be newer or
+older than theirs.
 
 This module may import the standard library and distributed only.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.diagnostics.plugin import NannyPlugin, WorkerPlugin
 
 # Below the worker's own logger: Dask shows it, Client.get_worker_logs too.
 logger = logging.getLogger("distributed.worker.memusage")
@@ -57,13 +58,43 @@ class Bootstrap(WorkerPlugin):
             agent.release()
 
 
+class NannyBootstrap(NannyPlugin):
+    """Has a nanny start its workers on jemalloc, where it has the package.
+
+    Parameters
+    ----------
+    options : dict
+        See ``nanny.turn_on``. Plain types only.
+    """
+
+    name = "memusage-jemalloc"
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def setup(self, nanny: Any) -> None:
+        """Import the package and do it; never raise: that would close a nanny that starts."""
+        try:
+            from dask_memusage_exporter.nanny import turn_on
+
+            # What runs already is started anew; a nanny that has no process yet starts one.
+            self.restart = turn_on(nanny, self.options)
+        except Exception as error:
+            logging.getLogger("distributed.nanny.memusage").warning(
+                "dask-memusage: jemalloc is not turned on (%s: %s). Mend: install "
+                "dask-memusage-exporter in the nanny's environment",
+                type(error).__name__,
+                error,
+            )
+
+
 def _missing(_: Any) -> dict[str, str]:
     return {"source": "missing"}
 
 
-def load(source: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the expression and its names whose value is a Bootstrap, wherever it is evaluated."""
-    expression = "(exec(source, names), names['Bootstrap'](options))[1]"
+def load(class_name: str, source: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the expression and its names whose value is a plugin, wherever it is evaluated."""
+    expression = f"(exec(source, names), names['{class_name}'](options))[1]"
     return expression, {
         "source": source,
         "options": options,
@@ -71,16 +102,32 @@ def load(source: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     }
 
 
+def _reduce(class_name: str, options: dict[str, Any]) -> tuple[Any, ...]:
+    from importlib import resources
+
+    source = resources.files("dask_memusage_exporter").joinpath("bootstrap.py").read_text()
+    return eval, load(class_name, source, options)
+
+
 class ByValue(WorkerPlugin):
     """Pickles as a :class:`Bootstrap` that needs nothing of ours to be unpickled."""
 
-    name = "memusage"
+    name = Bootstrap.name
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from importlib import resources
+        return _reduce("Bootstrap", self.options)
 
-        source = resources.files("dask_memusage_exporter").joinpath("bootstrap.py").read_text()
-        return eval, load(source, self.options)
+
+class NannyByValue(NannyPlugin):
+    """Pickles as a :class:`NannyBootstrap` in the same way."""
+
+    name = NannyBootstrap.name
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reduce("NannyBootstrap", self.options)

@@ -38,7 +38,7 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec(
         "task_memory_growth_bytes", "histogram", "bytes", _PREFIX,
-        "What a task itself added at its peak; only tasks of scope process.",
+        "What a task itself added at its peak; only tasks of scope thread or process.",
         _BOTH,
     ),
     MetricSpec(
@@ -132,4 +132,4 @@ METRICS: tuple[MetricSpec, ...] = (
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 #: Values of the label ``source`` on the scheduler.
-SOURCES = ("kernel", "polling", "missing")
+SOURCES = ("kernel", "jemalloc", "polling", "missing")

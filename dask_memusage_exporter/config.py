@@ -45,13 +45,15 @@ class Settings:
     """The checked settings, one field a key of ``memusage.yaml``.
 
     ``maximum_window`` is in seconds, ``buckets`` in bytes without the closing infinity,
-    ``trim`` a share of time from 0 (off) to 0.5.
+    ``trim`` a share of time from 0 (off) to 0.5, ``jemalloc`` a library's path or whether to look
+    for one.
     """
 
     csv_path: str | None
     csv_columns: str
     source: str
     kernel_reset: bool
+    jemalloc: bool | str
     trim: float
     flight_directory: str | None
     prefixes_allow: tuple[str, ...] | None
@@ -171,6 +173,12 @@ def _boolean(key: str, value: object) -> bool:
     return value
 
 
+def _jemalloc(key: str, value: object) -> bool | str:
+    if isinstance(value, bool) or (isinstance(value, str) and value.strip()):
+        return value
+    raise ConfigError(f"{key}: {value!r} is not true, false or the path of libjemalloc.so.2")
+
+
 def _share(key: str, value: object) -> float:
     if isinstance(value, bool):
         return DEFAULT_TRIM_SHARE if value else 0.0
@@ -236,8 +244,9 @@ _SECTIONS = frozenset({"csv", "prefixes"})
 _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "csv.path": _path,
     "csv.columns": _one_of("task", "full"),
-    "source": _one_of("auto", "kernel", "polling"),
+    "source": _one_of("auto", "kernel", "jemalloc", "polling"),
     "kernel-reset": _boolean,
+    "jemalloc": _jemalloc,
     "trim": _share,
     "flight-directory": _path,
     "prefixes.allow": _patterns,

@@ -14,7 +14,12 @@ from distributed.utils import sync
 from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin, prepare
 
 
-def install(target: Any = None, csv_path: str | os.PathLike[str] | None = None) -> Any:
+def install(
+    target: Any = None,
+    csv_path: str | os.PathLike[str] | None = None,
+    *,
+    jemalloc: bool | str | None = None,
+) -> Any:
     """Measure the memory of every task of a cluster from now on.
 
     A drop-in for ``dask_memusage.install``. Calling it again is harmless, and may add a CSV.
@@ -27,6 +32,10 @@ def install(target: Any = None, csv_path: str | os.PathLike[str] | None = None) 
     csv_path
         A file on the scheduler's machine, one row a task, overwritten if it is there; None: the
         setting ``memusage.csv.path``, which may be none.
+    jemalloc
+        True: have the nannies start their workers on jemalloc, so that each of the tasks that
+        overlap has its own growth; a text: the path of the library there. Workers that run already
+        are started anew, and lose what they hold. None: the setting ``memusage.jemalloc``.
 
     Returns
     -------
@@ -53,12 +62,12 @@ def install(target: Any = None, csv_path: str | os.PathLike[str] | None = None) 
     if isinstance(target, Cluster):
         scheduler = getattr(target, "scheduler", None)
         if not isinstance(scheduler, Scheduler):
-            return _through_client(target, csv_path)
+            return _through_client(target, csv_path, jemalloc)
         target = scheduler
     if isinstance(target, Scheduler):
-        return _in_process(target, csv_path)
+        return _in_process(target, csv_path, jemalloc)
     if isinstance(target, Client):
-        return target.sync(_register, target, csv_path)
+        return target.sync(_register, target, csv_path, jemalloc)
     raise TypeError(
         f"install() takes a distributed Client, Cluster or Scheduler, or nothing; got {target!r}"
     )
@@ -82,19 +91,21 @@ def default_target() -> Client:
     return client
 
 
-def _in_process(scheduler: Scheduler, csv_path: str | None) -> Awaitable[None] | None:
+def _in_process(
+    scheduler: Scheduler, csv_path: str | None, jemalloc: bool | str | None
+) -> Awaitable[None] | None:
     try:
         running = asyncio.get_running_loop()
     except RuntimeError:
         running = None
     if running is scheduler.loop.asyncio_loop:  # type: ignore[attr-defined]
-        task = asyncio.ensure_future(prepare(scheduler, csv_path).push())
+        task = asyncio.ensure_future(prepare(scheduler, csv_path).begin(jemalloc))
         _pushing.add(task)
         task.add_done_callback(_pushing.discard)
         return task
 
     async def begin() -> None:
-        await prepare(scheduler, csv_path).push()
+        await prepare(scheduler, csv_path).begin(jemalloc)
 
     sync(scheduler.loop, begin)
     return None
@@ -104,9 +115,9 @@ def _in_process(scheduler: Scheduler, csv_path: str | None) -> Awaitable[None] |
 _pushing: set[asyncio.Task[None]] = set()
 
 
-async def _register(client: Client, csv_path: str | None) -> None:
+async def _register(client: Client, csv_path: str | None, jemalloc: bool | str | None) -> None:
     try:
-        await client.register_plugin(MemusageSchedulerPlugin(csv_path))
+        await client.register_plugin(MemusageSchedulerPlugin(csv_path, jemalloc))
     except ModuleNotFoundError as error:
         if "dask_memusage_exporter" not in str(error):
             raise
@@ -116,13 +127,13 @@ async def _register(client: Client, csv_path: str | None) -> None:
         ) from None
 
 
-def _through_client(cluster: Cluster, csv_path: str | None) -> Any:
+def _through_client(cluster: Cluster, csv_path: str | None, jemalloc: bool | str | None) -> Any:
     if cluster.asynchronous:
 
         async def register() -> None:
             async with Client(cluster, asynchronous=True, set_as_default=False) as client:
-                await _register(client, csv_path)
+                await _register(client, csv_path, jemalloc)
 
         return register()
     with Client(cluster, set_as_default=False) as client:
-        return client.sync(_register, client, csv_path)
+        return client.sync(_register, client, csv_path, jemalloc)

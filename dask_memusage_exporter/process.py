@@ -59,10 +59,10 @@ class Process:
         self.used = False
         self.pid = os.getpid()
         self.health = Health()
-        source, why = choose(settings.source, kernel_reset=settings.kernel_reset)
-        self.source_name = source.name
+        chosen = choose(settings.source, kernel_reset=settings.kernel_reset)
+        self.source_name, self.why = chosen.name, chosen.why
         self.heap = Heap(settings.trim)
-        self.tracker = Tracker(source, self.heap, on_look=self._note)
+        self.tracker = Tracker(chosen.source, self.heap, chosen.thread_peak, on_look=self._note)
         main = threading.main_thread()
         if main is not threading.current_thread():
             # The event loop, which calls this, is not the main thread: user code may run there.
@@ -75,7 +75,7 @@ class Process:
             wanted=settings.wants,
         )
         self.members: list[Member] = []
-        logger.info("dask-memusage %s: source %s; %s", __version__, source.name, why)
+        logger.info("dask-memusage %s: source %s; %s", __version__, chosen.name, chosen.why)
         if self.heap.unknown is not None:
             logger.info("dask-memusage: the heap cannot be asked (%s)", self.heap.unknown)
         prometheus.add(self)

@@ -22,7 +22,7 @@ from prometheus_client import Metric
 
 from dask_memusage_exporter import __version__, catalog, http
 from dask_memusage_exporter.aggregate import Aggregate, checked, is_count
-from dask_memusage_exporter.bootstrap import ByValue
+from dask_memusage_exporter.bootstrap import ByValue, NannyByValue
 from dask_memusage_exporter.config import ConfigError, Settings, explicit, prometheus_namespace
 from dask_memusage_exporter.deaths import Deaths, Kill, Kills, describe, to_record
 from dask_memusage_exporter.exporters import RecordSink, prometheus
@@ -50,6 +50,7 @@ class SchedulerAgent:
     def __init__(self, scheduler: Scheduler, settings: Settings) -> None:
         self.scheduler = scheduler
         self.health = Health("scheduler")
+        self._jemalloc = settings.jemalloc
         self.sinks: list[RecordSink] = []
         self.aggregate = Aggregate(
             bounds=settings.buckets,
@@ -68,7 +69,7 @@ class SchedulerAgent:
         #: those that have gone for a while.
         self._received: dict[str, int] = {}
         self._recordings: dict[str, RecordingSink] = {}
-        self._flush_waits = False
+        self._flush_waits = self._said_overlap = False
         self._last_report: float | None = None
 
     def start(self) -> None:
@@ -104,6 +105,25 @@ class SchedulerAgent:
     def add_sink(self, sink: RecordSink) -> None:
         """Give every record to a sink from now on. :meth:`push` tells the workers."""
         self.sinks.append(sink)
+
+    async def begin(self, jemalloc: bool | str | None = None) -> None:
+        """Measure: jemalloc on the nannies first, where it is wanted, for it starts workers anew.
+
+        Parameters
+        ----------
+        jemalloc
+            See :func:`install.install`; None: as the setting says.
+        """
+        wanted = self._jemalloc if jemalloc is None else jemalloc
+        if wanted:
+            path = None if wanted is True else wanted
+            await self.scheduler.register_nanny_plugin(
+                comm=None,
+                plugin=dumps(NannyByValue({"path": path})),
+                name=NannyByValue.name,
+                idempotent=False,
+            )
+        await self.push()
 
     async def push(self) -> None:
         """Put the bootstrap on every worker that is there or will come."""
@@ -289,11 +309,23 @@ class SchedulerAgent:
                     continue
                 for sink in self.sinks:
                     sink.write(record)
+                if record.reason == "overlap" and not self._said_overlap:
+                    self._say_overlap()
             if not self._flush_waits:
                 # A record comes before the message that its task has finished, on the same
                 # stream, and clients are told by a later round of the loop than the next one.
                 self._flush_waits = True
                 self.scheduler.loop.add_callback(self._flush)
+
+    def _say_overlap(self) -> None:
+        """Warn once who reads the old tool's columns as sizes of tasks."""
+        if any(isinstance(sink, CsvFile) for sink in self.sinks):
+            self._said_overlap = True
+            logger.warning(
+                "dask-memusage: tasks overlap in a worker's process, and max_memory_mb of those is "
+                "of them all together. Run one thread a worker, or turn jemalloc on "
+                "(memusage.jemalloc), and see growth_bytes and scope (memusage.csv.columns: full)"
+            )
 
     def _flush(self) -> None:
         self._flush_waits = False
@@ -368,12 +400,19 @@ class MemusageSchedulerPlugin(SchedulerPlugin):
     csv_path
         A file on the scheduler's machine, overwritten if it is there; None: the setting
         ``memusage.csv.path``, which may be none.
+    jemalloc
+        See :func:`install.install`.
     """
 
     name = EXTENSION
 
-    def __init__(self, csv_path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        csv_path: str | os.PathLike[str] | None = None,
+        jemalloc: bool | str | None = None,
+    ) -> None:
         self.csv_path = csv_path
+        self.jemalloc = jemalloc
 
     async def start(self, scheduler: Scheduler) -> None:
         """Begin, or add to what is there.
@@ -388,7 +427,7 @@ class MemusageSchedulerPlugin(SchedulerPlugin):
         agent = prepare(scheduler, self.csv_path)
         # Registered again: the state is kept, only the plugin object is replaced.
         scheduler.plugins.pop(self.name, None)
-        await agent.push()
+        await agent.begin(self.jemalloc)
 
 
 def prepare(
@@ -432,7 +471,7 @@ async def on_preload(scheduler: Scheduler, csv_path: str | None = None) -> None:
     except ConfigError as error:
         logger.warning("dask-memusage: nothing is measured. %s", error)
     else:
-        await agent.push()
+        await agent.begin()
 
 
 def _checked_rises(health: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -169,6 +169,11 @@ class WorkerAgent:
         return self.worker.memory_manager.memory_limit
 
     @property
+    def why(self) -> str | None:
+        """Why peaks come from where they do, for people; None while nothing is measured."""
+        return None if self._process is None else self._process.why
+
+    @property
     def heard(self) -> bool:
         """Whether the scheduler shows everything for the whole cluster."""
         return self.reporter.heard

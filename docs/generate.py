@@ -49,7 +49,7 @@ METRICS_TAIL = """
 
 The default bounds of both histograms are 1 and 1.5 times 2^k MiB from 1 MiB to 256 GiB: 37 and
 `+Inf`, so one histogram of one prefix is 40 series. The scheduler's page has three a prefix (peaks,
-growth, inputs), with counters and maxima up to 129 series. A worker's page has the same of its own
+growth, inputs), with counters and maxima up to 130 series. A worker's page has the same of its own
 tasks, without inputs, where `memusage.worker-metrics` is `full`; `totals`, the default where the
 scheduler shows all, drops the prefix label, `off` drops everything.
 
@@ -57,8 +57,8 @@ scheduler shows all, drops the prefix label, `off` drops everything.
 the process on every port, so each page shows the same series. Scrape one of the ports, or
 aggregate with `max` instead of `sum` over `instance`.
 
-`task_memory_peak_bytes` counts every task, `task_memory_growth_bytes` only those of scope
-`process`; see [whose number it is](kinds-of-task.md). Values of `reason` on a record:
+`task_memory_peak_bytes` counts every task, `task_memory_growth_bytes` only those of scope `thread`
+or `process`; see [whose number it is](kinds-of-task.md). Values of `reason` on a record:
 
 | reason | meaning |
 |---|---|

@@ -378,6 +378,12 @@ def size_of(blocks: list[Any]) -> int:
     return sys.getsizeof(blocks) + len(blocks) * each
 
 
+def frame(total: int) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(np.ones((total // 32, 4)), columns=list("abcd"), copy=False)
+
+
 KINDS: dict[str, Any] = {
     "5 kB": lambda total: byte_blocks(5000, total),
     "64 kB": lambda total: byte_blocks(64_000, total),
@@ -398,3 +404,23 @@ def allocate_and_keep(size: int, total: int) -> np.ndarray:
     """Allocate arrays, let them go but for one, and return that."""
     blocks = [np.ones(size // 8) for _ in range(total // size)]
     return blocks[len(blocks) // 2]
+
+
+def sized(kind: str, total: int) -> int:
+    """Hold blocks of a kind (an array and a DataFrame too) for a while; return what they were."""
+    if kind == "array":
+        block = np.ones(total // 8)
+        size = block.nbytes
+    elif kind == "frame":
+        block = frame(total)
+        size = int(block.memory_usage().sum())
+    else:
+        block = KINDS[kind](total)
+        size = size_of(block)
+    time.sleep(0.05)
+    return size
+
+
+def secede_only(*_: Any) -> None:
+    """Leave the pool: another thread takes the place of this one, which ends."""
+    secede()

@@ -130,7 +130,7 @@ def test_scopes_of_another_version_are_counted_in_the_histograms(clock: Clock) -
     batch.observe(record("x", peak=15))
     ((label, (peak, growth, inputs, _, largest)),) = batch.take()
     tasks = aggregate(clock)
-    tasks.add(checked([(label, (peak, growth, inputs, (("thread", 1),), largest, "more"))], 4))
+    tasks.add(checked([(label, (peak, growth, inputs, (("galaxy", 1),), largest, "more"))], 4))
     (x,) = tasks.snapshot()
     assert x.peak.cumulative[-1] == 1
     assert set(x.tasks.values()) == {0}

@@ -83,6 +83,7 @@ def test_the_defaults_are_the_yamls() -> None:
         csv_columns="task",
         source="auto",
         kernel_reset=True,
+        jemalloc=False,
         trim=0.0,
         max_prefixes=40,
         maximum_window=600.0,
@@ -128,6 +129,8 @@ GOOD: list[tuple[str, object, str, object]] = [
     ("source", "polling", "source", "polling"),
     ("kernel-reset", True, "kernel_reset", True),
     ("kernel-reset", False, "kernel_reset", False),
+    ("jemalloc", True, "jemalloc", True),
+    ("jemalloc", "/opt/libjemalloc.so.2", "jemalloc", "/opt/libjemalloc.so.2"),
     ("trim", False, "trim", 0.0),
     ("trim", True, "trim", DEFAULT_TRIM_SHARE),
     ("trim", 0, "trim", 0.0),
@@ -172,8 +175,8 @@ BAD: list[tuple[str, object, str]] = [
     ("csv.path", ["x.csv"], "is not a file's path"),
     ("csv.columns", "all", "is not one of task, full"),
     ("csv.columns", None, "is not one of task, full"),
-    ("source", "jemalloc5", "is not one of auto, kernel, polling"),
-    ("source", False, "is not one of auto, kernel, polling"),
+    ("source", "jemalloc5", "is not one of auto, kernel, jemalloc, polling"),
+    ("source", False, "is not one of auto, kernel, jemalloc, polling"),
     ("kernel-reset", "yes", "is not true or false"),
     ("kernel-reset", 1, "is not true or false"),
     ("kernel-reset", None, "is not true or false"),
@@ -203,6 +206,8 @@ BAD: list[tuple[str, object, str]] = [
     ("flight-directory", "", "is not a file's path"),
     ("prefixes.allow", "a*", "is not a list of patterns such as ['sum*', 'mean-*']"),
     ("prefixes.deny", [1], "is not a list of patterns"),
+    ("jemalloc", 1, "is not true, false or the path of libjemalloc.so.2"),
+    ("jemalloc", " ", "is not true, false or the path of libjemalloc.so.2"),
     ("worker-metrics", "on", "is not one of auto, full, totals, off"),
     ("worker-metrics", True, "is not one of auto, full, totals, off"),
     ("worker-metrics", ["full"], "is not one of auto, full, totals, off"),
@@ -310,7 +315,8 @@ def test_settings_from_the_environment(tmp_path: Path) -> None:
     )
     assert settings.strip() == (
         "Settings(csv_path='from/the/environment.csv', csv_columns='full', source='polling', "
-        "kernel_reset=False, trim=0.1, flight_directory='a/volume', prefixes_allow=('a*', 'b'), "
+        "kernel_reset=False, jemalloc=False, trim=0.1, flight_directory='a/volume', "
+        "prefixes_allow=('a*', 'b'), "
         "prefixes_deny=('ab',), max_prefixes=7, maximum_window=300.0, "
         "buckets=(1048576, 2097152), worker_metrics='off')"
     )
@@ -372,7 +378,7 @@ def test_another_versions_settings_do_no_harm(caplog: pytest.LogCaptureFixture) 
 
 def test_the_error_travels() -> None:
     """From a scheduler in another process to the client that installs."""
-    error = ConfigError("memusage.source: 'x' is not one of auto, kernel, polling")
+    error = ConfigError("memusage.source: 'x' is not one of auto, kernel, jemalloc, polling")
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is ConfigError
     assert str(copy) == str(error)

@@ -20,6 +20,7 @@ from dask_memusage_exporter.exporters import prometheus
 from dask_memusage_exporter.exporters.csv_file import CsvFile
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.records import from_row, to_row
+from tests import tasks
 from tests.conftest import (
     FULL,
     Measured,
@@ -27,6 +28,7 @@ from tests.conftest import (
     Records,
     counted,
     local_cluster,
+    measured,
     rows,
     scheduler_port,
     wait_until,
@@ -511,3 +513,12 @@ def test_a_row_comes_back_as_its_record() -> None:
     assert from_row(row, RECORD.worker) == RECORD._replace(span_id="span")
     assert from_row((*row, "new"), RECORD.worker) == RECORD._replace(span_id="span")
     assert from_row(row[:-1], RECORD.worker) == RECORD
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_overlap_is_said_once(threads: int, tmp_path: Path, caplog: Any) -> None:
+    """Who writes the old columns with more than one thread a worker is told what they mean."""
+    with measured({"memusage.csv.path": str(tmp_path / "x.csv")}, threads_per_worker=threads) as it:
+        it.client.gather(it.client.map(tasks.array, [20] * 20, hold=0.01, pure=False))
+    said = [line for line in caplog.messages if "tasks overlap in a worker" in line]
+    assert len(said) == (threads > 1)

@@ -53,7 +53,7 @@ def test_first_reason_that_applies() -> None:
     """With all evidence, then all but the first, and so on, the first in order is given."""
     strongest = dict(EVIDENCE)
     order = [reason for reason in REASONS if reason in strongest]
-    assert order == ["overlap", "transfer", "warm_heap", "executor", "mapped", "polling"]
+    assert order == [*REASONS][:-1]  # all but what only a thread's own count can tell
     for first, reason in enumerate(order):
         evidence = {**ALONE}
         for later in reversed(order[first:]):
@@ -83,3 +83,53 @@ def test_brief() -> None:
     for reusable in (None, 100 * MIB):
         assert judge(**{**brief, "reusable_bytes": reusable}) == (0, "process", None)
     assert judge(**{**brief, "foreign_bytes": 6 * MIB})[2] == "transfer"
+
+
+#: The same, of whose thread 110 MiB are known.
+THREAD: dict[str, Any] = {**ALONE, "thread_bytes": 110 * MIB}
+
+
+def test_a_threads_own() -> None:
+    """The thread's own peak counts whatever else there was, and the larger one where alone."""
+    assert judge(**THREAD) == (110 * MIB, "thread", None)
+    assert judge(**{**THREAD, "thread_bytes": 20 * MIB}) == (100 * MIB, "thread", None)
+    for reason in ("overlap", "transfer", "mapped"):
+        evidence = dict(EVIDENCE)[reason]
+        assert judge(**{**THREAD, **evidence, "thread_bytes": 20 * MIB}) == (
+            20 * MIB, "thread", None,
+        )  # fmt: skip
+    assert judge(**{**THREAD, "reusable_bytes": 50 * MIB}) == (110 * MIB, "thread", None)
+
+
+@pytest.mark.parametrize(
+    "incomplete",
+    [
+        {"children_changed": True},
+        {"outside_bytes": None},
+        {"outside_bytes": 50 * MIB},
+        {"freed_bytes": 50 * MIB},
+        {"thread_bytes": 250 * MIB},  # of a process of 150
+    ],
+)
+def test_a_thread_that_is_not_all(incomplete: dict[str, Any]) -> None:
+    """Where its count is not the whole, the process's evidence decides, and overlap shares."""
+    shared = judge(**{**THREAD, "overlapped": True, **incomplete})
+    assert shared == (None, "shared", "overlap")
+    alone = judge(**{**THREAD, **incomplete})
+    if "outside_bytes" in incomplete:
+        assert alone == (100 * MIB, "process", None)
+    elif "children_changed" in incomplete:
+        assert alone == (None, "shared", "polling")
+    else:
+        assert alone == (None, "shared", "contradiction")
+
+
+def test_helpers_in_a_warm_heap() -> None:
+    """The process grew by more than the thread, and more may be hidden: no number is whole."""
+    helped = {**THREAD, "thread_bytes": 10 * MIB, "reusable_bytes": 50 * MIB}
+    assert judge(**helped) == (None, "shared", "warm_heap")
+
+
+def test_no_thread_of_its_own() -> None:
+    """A coroutine's window is no thread's."""
+    assert judge(**{**THREAD, "own_thread": False})[2] == "executor"

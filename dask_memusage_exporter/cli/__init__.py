@@ -10,6 +10,7 @@ import click
 
 from dask_memusage_exporter.cli.command import Verbs
 from dask_memusage_exporter.cli.demo import demo
+from dask_memusage_exporter.cli.doctor import doctor
 
 
 @click.group(cls=Verbs)
@@ -18,7 +19,7 @@ def memusage() -> None:
 
 
 #: Every verb, in the order in which the help shows them.
-VERBS: tuple[click.Command, ...] = (demo,)
+VERBS: tuple[click.Command, ...] = (demo, doctor)
 
 for _verb in VERBS:
     memusage.add_command(_verb)

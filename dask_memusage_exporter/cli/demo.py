@@ -49,7 +49,7 @@ MOST_WORKERS = MOST_THREADS = 256
     metavar="N",
     default=1,
     show_default=True,
-    help="Threads in each. With more than one, tasks overlap and only peaks are known.",
+    help="Threads in each. With more than one, tasks overlap, and jemalloc tells them apart.",
 )
 @click.option(
     "--csv",
@@ -120,6 +120,7 @@ def demo(
                 rows_lost=cluster.rows_lost,
                 metrics=cluster.metrics_urls(),
                 serves=serve,
+                no_jemalloc=cluster.no_jemalloc,
             )
             click.echo(report.as_json(result) if as_json else report.as_text(result))
             if serve:

@@ -21,9 +21,11 @@ from distributed import Client, KilledWorker, LocalCluster, as_completed
 from distributed import TimeoutError as DaskTimeoutError
 from distributed.system import MEMORY_LIMIT
 
+from dask_memusage_exporter import nanny
 from dask_memusage_exporter.cli import wordcount
 from dask_memusage_exporter.cli.command import InputError
 from dask_memusage_exporter.cli.texts import TextFile
+from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.install import install
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.scheduler import SchedulerAgent
@@ -41,6 +43,8 @@ _CONFIG: dict[str, Any] = {
     # The old format and the path on the command line, whatever a real cluster here writes.
     "memusage.csv.columns": "task",
     "memusage.csv.path": None,
+    # Turned on by --threads.
+    "memusage.jemalloc": False,
     # What preloads do for a real cluster has no place here.
     "distributed.scheduler.preload": [],
     "distributed.nanny.preload": [],
@@ -75,13 +79,17 @@ class Run(NamedTuple):
 class MeasuredCluster:
     """A running cluster. Made by :func:`measured_cluster`."""
 
-    def __init__(self, cluster: LocalCluster, client: Client, csv_path: str, workers: int) -> None:
-        self._workers = workers
+    def __init__(
+        self, cluster: LocalCluster, client: Client, csv_path: str, workers: int, threads: int
+    ) -> None:
+        self._workers, self._threads = workers, threads
         scheduler: Any = cluster.scheduler
         self._scheduler = scheduler
         self._client = client
         self._records = Records()
-        install(scheduler, csv_path)
+        #: Why jemalloc is not turned on; None: it is, or one thread a worker needs none.
+        self.no_jemalloc = _obstacle() if threads > 1 else None
+        install(scheduler, csv_path, jemalloc=threads > 1 and self.no_jemalloc is None)
         self._agent: SchedulerAgent = scheduler.extensions[EXTENSION]
         # The workers know already that somebody listens: the CSV does.
         self._agent.add_sink(self._records)
@@ -95,7 +103,13 @@ class MeasuredCluster:
         """Run one task a file; call ``progress`` after each, whether it finished or failed."""
         # The number makes keys unique and keeps the order; the name tells what a row is about.
         keys = [f"calculate_top_10-{number:04d}-{file.name}" for number, file in enumerate(files)]
-        futures = self._client.map(wordcount.calculate_top_10, [f.path for f in files], key=keys)
+        jobs = list(zip(files, keys, strict=True))
+        if self._threads > 1:
+            # The longest first, so that the others run beside it.
+            jobs.sort(key=lambda job: job[0].size, reverse=True)
+        futures = self._client.map(
+            wordcount.calculate_top_10, [f.path for f, _ in jobs], key=[key for _, key in jobs]
+        )
         failed = {}
         for future in as_completed(futures, loop=self._client.loop):
             if future.status != "finished":
@@ -118,6 +132,17 @@ class MeasuredCluster:
             if "dashboard" in worker.services
         ]
         return _url(self._scheduler.http_server.port), [_url(port) for port in ports]
+
+
+def _obstacle() -> str | None:
+    source = Settings.load().source
+    if source not in ("auto", "jemalloc"):
+        return f"memusage.source is {source}"
+    try:
+        nanny.environment()
+    except nanny.JemallocError as error:
+        return str(error)
+    return None
 
 
 def _url(port: int) -> str:
@@ -173,7 +198,7 @@ def measured_cluster(
         )
         client = stack.enter_context(Client(cluster, set_as_default=False))
         try:
-            measured = MeasuredCluster(cluster, client, csv_path, workers)
+            measured = MeasuredCluster(cluster, client, csv_path, workers, threads)
         except OSError as error:
             raise InputError(f"--csv: {csv_path!r}: {error.strerror}") from None
         try:

@@ -39,6 +39,8 @@ class Report(NamedTuple):
     metrics: tuple[str, list[str]]
     #: Whether they stay up.
     serves: bool
+    #: Why tasks that overlap could not be told apart; None: they were, or none can overlap.
+    no_jemalloc: str | None = None
 
     def file_of(self, key: object) -> TextFile:
         """Return the file of a task; the number in its key is the file's."""
@@ -90,9 +92,11 @@ def _prefixes(prefixes: Sequence[PrefixSummary]) -> Iterator[str]:
 
 def _scopes(report: Report, prefixes: Sequence[PrefixSummary]) -> Iterator[str]:
     for one in prefixes:
-        known = one.scopes.get("process", 0)
+        scopes = [scope for scope in ("thread", "process") if scope in one.scopes]
+        known = sum(one.scopes[scope] for scope in scopes)
         yield (
-            f"Growth is known for {known:,} of {plural(one.tasks, 'task')} (scope process)"
+            f"Growth is known for {known:,} of {plural(one.tasks, 'task')} "
+            f"(scope {' and '.join(scopes) or 'thread or process'})"
             + (". It is not for (scope shared):" if known < one.tasks else ".")
         )
         for reason, count in one.reasons.items():
@@ -101,26 +105,54 @@ def _scopes(report: Report, prefixes: Sequence[PrefixSummary]) -> Iterator[str]:
     growths = [growth_of(record) for record in records]
     if any(known.exact is None and known.bound is not None for known in growths):
         yield "  <= is a bound: what its process grew by and what it could have reused, together."
-    if any(record.reason == "overlap" for record in records):
-        yield "  What overlaps in a process cannot be told apart; run with --threads 1 to know."
+    if report.no_jemalloc is not None:
+        yield from wrap(
+            "What overlaps in a process cannot be told apart without jemalloc: "
+            f"{report.no_jemalloc}. Or run with --threads 1.",
+            WIDTH,
+            initial_indent="  ",
+            subsequent_indent="  ",
+        )
+    elif report.threads > 1:
+        yield from wrap(_difference(list(records)), WIDTH)
+
+
+def _difference(records: Sequence[TaskMemory]) -> str:
+    """Return what one would have read without jemalloc, beside what is known with it."""
+    text = (
+        "Process rose: by how much the worker's memory rose while the task ran. It is all that can "
+        "be read without jemalloc, and with several threads it is everybody's."
+    )
+    found = summary.find(records)
+    if found is None:
+        return text
+    others = [record for record in records if record is not found.worst]
+    seem = max(record.peak_bytes - record.start_bytes for record in others)
+    need = max((growth_of(record) for record in others), key=lambda known: known.at_most)
+    if need.bound is None:
+        return text
+    return (
+        f"{text} By it one of the other tasks would seem to need {size(seem)}; none needed more "
+        f"than {growth(need).removeprefix('<= ')}."
+    )
 
 
 def _worst(report: Report) -> Iterator[str]:
     worst = summary.worst_first(report.records.values())[:SHOWN]
     rows = [
         (
-            fit(report.file_of(record.key).name, 30),
+            fit(report.file_of(record.key).name, 24),
             size(report.file_of(record.key).size),
             size(record.peak_bytes),
             growth(growth_of(record)),
+            size(max(0, record.peak_bytes - record.start_bytes)),
             record.scope + (f"/{record.reason}" if record.reason else ""),
             record.worker.partition("://")[2],
         )
         for record in worst
     ]
-    yield from table(
-        ("worst tasks", "file size", "peak", "growth", "scope", "worker"), rows, "<>>><<"
-    )
+    head = ("worst tasks", "file size", "peak", "growth", "process rose", "scope", "worker")
+    yield from table(head, rows, "<>>>><<")
 
 
 def _failed(report: Report) -> Iterator[str]:

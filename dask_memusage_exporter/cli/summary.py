@@ -60,7 +60,7 @@ class PrefixSummary(NamedTuple):
     peak: Quantiles
     #: p50, p95 and maximum.
     growth: tuple[Growth, Growth, Growth]
-    #: The task in whose window the process grew most.
+    #: See :func:`worst_first`.
     worst: TaskMemory
     #: Tasks by scope, and by reason where the scope is ``shared``.
     scopes: dict[str, int]
@@ -96,11 +96,17 @@ def _rise(record: TaskMemory) -> int:
 
 
 def worst_first(records: Iterable[TaskMemory]) -> list[TaskMemory]:
-    """Return the records by how much the process grew in the task's window, most first.
+    """Return the records by the task's own growth, most first.
 
-    That is the task's growth where it is known, and the best that there is to go by elsewhere.
+    Where it is not known by how much the process grew in the task's window: the best that there is
+    to go by.
     """
-    return sorted(records, key=lambda record: (_rise(record), record.peak_bytes), reverse=True)
+
+    def order(record: TaskMemory) -> tuple[int, int]:
+        own = record.growth_bytes
+        return _rise(record) if own is None else own, record.peak_bytes
+
+    return sorted(records, key=order, reverse=True)
 
 
 def by_prefix(records: Iterable[TaskMemory]) -> list[PrefixSummary]:

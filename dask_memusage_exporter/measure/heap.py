@@ -1,10 +1,10 @@
 """What the process's heaps hold free: memory that the next task can use without RSS rising.
 
-Covers: glibc's malloc (``mallinfo2``), CPython's own small-object allocator, Arrow's default
-pool, and giving glibc's free pages back (``malloc_trim``).
+Covers: glibc's malloc (``mallinfo2``) or jemalloc in its place, CPython's own small-object
+allocator, Arrow's default pool, and giving free pages back.
 Does not cover: allocators that a library keeps to itself and that cannot be asked
-(:data:`PRIVATE_ALLOCATORS`), and malloc replacements. There the answer is None, "not known",
-and so it is whenever the budget does not allow to ask.
+(:data:`PRIVATE_ALLOCATORS`), and other malloc replacements. There the answer is None, "not
+known", and so it is whenever the budget does not allow to ask.
 
 Sources: mallinfo(3), malloc_info(3), malloc_trim(3), ``malloc/malloc.c`` of glibc,
 ``Objects/obmalloc.c`` of CPython, ``pyarrow.MemoryPool``.
@@ -19,6 +19,8 @@ import re
 import sys
 import time
 from collections.abc import Callable
+
+from dask_memusage_exporter.measure.jemalloc import JemallocHeap
 
 #: Share of a worker's time that asking may cost, and of the time of tasks that turned out to
 #: grow, for which the answer matters. One question costs from 0.2 us on a fresh heap to about 1 ms
@@ -235,6 +237,40 @@ def arrow_free() -> int | None:
     return int(peak) if peak is not None and peak <= ARROW_BYTES else None
 
 
+def _malloc(printed: Printed) -> GlibcHeap | JemallocHeap:
+    """Return the process's malloc.
+
+    Raises
+    ------
+    OSError
+        It is neither of those that can be asked.
+    """
+    try:
+        return JemallocHeap()
+    except OSError:
+        return GlibcHeap(printed)
+
+
+def outside() -> int | None:
+    """Return bytes allocated so far, by anybody, that never passed malloc; None: not known.
+
+    Of Arrow's pool and of allocators that cannot be asked; not of ``mmap`` itself.
+    """
+    for name in PRIVATE_ALLOCATORS:
+        if name in sys.modules:
+            return None
+    pyarrow = sys.modules.get("pyarrow")
+    if pyarrow is None or not hasattr(pyarrow, "default_memory_pool"):
+        return 0
+    pool = pyarrow.default_memory_pool()
+    if pool.backend_name == "system":
+        return 0
+    try:
+        return int(pool.total_bytes_allocated())
+    except AttributeError:  # before Arrow 18
+        return None
+
+
 class Heap:
     """All heaps together, asked on a budget.
 
@@ -254,7 +290,8 @@ class Heap:
         self.ready = True
         try:
             printed = Printed()
-            self._glibc, self._pymalloc = GlibcHeap(printed), PyMalloc(printed)
+            self._pymalloc = PyMalloc(printed)
+            self._malloc = _malloc(printed)
         except OSError as error:
             self.unknown = str(error)
 
@@ -289,11 +326,11 @@ class Heap:
             return None
         # Processor time: what a busy machine makes us wait is not the cost of asking.
         begin = time.thread_time()
-        malloc = self._glibc.free()
+        malloc = self._malloc.free()
         rest = self._pymalloc.free() + arrow
         self._asking.spend(time.thread_time() - begin)
         if malloc > 2**20 and self._trimming.allows:
             begin = time.thread_time()
-            malloc = self._glibc.trim()
+            malloc = self._malloc.trim()
             self._trimming.spend(time.thread_time() - begin)
         return malloc + rest

@@ -7,7 +7,7 @@ the first reason that applies is given.
 from __future__ import annotations
 
 #: Values of ``scope``, in the order in which they are shown.
-SCOPES = ("process", "shared")
+SCOPES = ("thread", "process", "shared")
 
 #: Values of ``reason`` with what they mean, in the order in which they are asked.
 REASONS = {
@@ -17,6 +17,7 @@ REASONS = {
     "executor": "the task did not run on a thread of its own (coroutine, process pool)",
     "mapped": "pages of mapped files or shared memory came in, which may be others' too",
     "polling": "only sampled: the source is polling, or child processes came, went or grew",
+    "contradiction": "the thread's own count and the process's figures cannot both be",
 }
 
 #: Foreign, reusable and mapped bytes up to this much never make a number shared ...
@@ -25,6 +26,8 @@ FLOOR_BYTES = 2**20
 SHARE = 0.05
 #: In so many seconds a processor fills less than FLOOR_BYTES, were it all in its caches already.
 BRIEF = 30e-6
+#: jemalloc rounds sizes up to its classes, by so much at most.
+ROUNDING = 0.25
 
 
 def judge(
@@ -40,6 +43,9 @@ def judge(
     exact: bool,
     children_changed: bool,
     brief: bool = False,
+    thread_bytes: int | None = None,
+    freed_bytes: int = 0,
+    outside_bytes: int | None = 0,
 ) -> tuple[int | None, str, str | None]:
     """Return ``(growth_bytes, scope, reason)`` of a window from all that is known of it.
 
@@ -65,6 +71,12 @@ def judge(
         Whether child processes came, went or grew in the window.
     brief
         Whether it was shorter than :data:`BRIEF`: free memory in the heaps cannot have mattered.
+    thread_bytes
+        The peak of what the task's thread had allocated less what it had freed; None: not known.
+    freed_bytes
+        By how much that had fallen below its start in the end: freed of what others had allocated.
+    outside_bytes
+        Allocated by anybody without malloc, so not in ``thread_bytes``; None: not known.
 
     Returns
     -------
@@ -73,7 +85,7 @@ def judge(
         ``reason`` is None then.
     """
     growth = max(0, peak_bytes - start_bytes)
-    limit = max(FLOOR_BYTES, int(growth * SHARE))
+    limit = max(FLOOR_BYTES, int(max(growth, thread_bytes or 0) * SHARE))
     reason = None
     if overlapped:
         reason = "overlap"
@@ -88,6 +100,19 @@ def judge(
         reason = "mapped"
     elif not exact or children_changed:
         reason = "polling"
+    if thread_bytes is not None and own_thread:
+        # More than the whole process had: most of it was never touched.
+        impossible = thread_bytes > peak_bytes * (1 + ROUNDING) + FLOOR_BYTES
+        if impossible or freed_bytes > limit:
+            reason = reason or "contradiction"
+        elif not children_changed and outside_bytes is not None and outside_bytes <= limit:
+            # Alone, the process's figure has the task's helper threads too: what they took shows
+            # in full where the heap could hide none of it.
+            helped = growth - mapped_bytes > thread_bytes + limit
+            if reason is None:
+                return max(growth, thread_bytes), "thread", None
+            if reason != "warm_heap" or not helped:
+                return thread_bytes, "thread", None
     if reason is None:
         return growth, "process", None
     return None, "shared", reason

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 
 from dask_memusage_exporter.measure import threads
 from dask_memusage_exporter.measure.children import Children
-from dask_memusage_exporter.measure.heap import Heap
+from dask_memusage_exporter.measure.heap import Heap, outside
 from dask_memusage_exporter.measure.highwater import PAGE, Source
 from dask_memusage_exporter.measure.hugepages import HugePages
+from dask_memusage_exporter.measure.jemalloc import ThreadPeak
 from dask_memusage_exporter.measure.polling import Sampler
 from dask_memusage_exporter.measure.scopes import BRIEF, FLOOR_BYTES, judge
 
@@ -65,6 +66,8 @@ class Look(NamedTuple):
     faults: int
     #: :meth:`Children.reaped` as it was last known: rather too early than too late.
     reaped: int
+    #: See :func:`heap.outside`; 0 where no thread's own peak is known.
+    outside: int | None
 
 
 class Bracket:
@@ -100,6 +103,11 @@ class Bracket:
     #: See :attr:`Children.changes`, at the start and at the stop.
     changes = changes_after = 0
 
+    #: What the task's thread held at the start and at the stop, and its peak between; the peak is
+    #: None where it is not known. See :class:`jemalloc.ThreadPeak`.
+    held = held_after = 0
+    thread_peak: int | None = None
+
     #: Whatever its maker wants to find again.
     tag: Any = None
     #: Whether the process had no page fault in the window. Then nothing new has become resident,
@@ -127,7 +135,9 @@ class Tracker:
     source
         Where peaks come from.
     heap
-        Asked before each task; None: never (then no task's growth is its own).
+        Asked before each task; None: never (then no task's growth is the process's).
+    thread_peak
+        Where each thread's own peak comes from; None: nowhere.
     on_look
         Called with the open brackets, peaks up to date, on the sampler's thread with the tracker
         locked: quick, and never blocking.
@@ -139,6 +149,7 @@ class Tracker:
         self,
         source: Source,
         heap: Heap | None = None,
+        thread_peak: ThreadPeak | None = None,
         *,
         on_look: Callable[[list[Bracket]], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
@@ -146,6 +157,7 @@ class Tracker:
         self._source = source
         # A number that is only sampled is never a task's own, whatever the heap holds.
         self._heap = heap if source.exact else None
+        self._thread_peak = thread_peak
         self._on_look = on_look
         self._clock = clock
         self._children = Children()
@@ -189,7 +201,10 @@ class Tracker:
         faults, loop_ns = threads.own_usage()
         sampler_ns = threads.cpu_ns(self._sampler_clock) or 0
         others = time.process_time_ns() - loop_ns - sampler_ns - _sum(witnesses)
-        return Look(witnesses, others, faults, self._reaped)
+        return Look(witnesses, others, faults, self._reaped, self._outside())
+
+    def _outside(self) -> int | None:
+        return outside() if self._thread_peak is not None else 0
 
     def start(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:
         """Open a bracket, on the task's own thread where it has one.
@@ -237,6 +252,8 @@ class Tracker:
             bracket.changes = children.changes
             self._open.append(bracket)
             bracket.start = self._clock()
+        if thread is not None and self._thread_peak is not None:
+            bracket.held = self._thread_peak.start()
         return bracket
 
     def stop(self, bracket: Bracket) -> bool:
@@ -248,6 +265,8 @@ class Tracker:
             Whether there is something to settle: False where the bracket was given up meanwhile,
             and in a forked child.
         """
+        if bracket.own_thread and self._thread_peak is not None and not self._disabled:
+            bracket.thread_peak, bracket.held_after = self._thread_peak.stop()
         children_peak = self._children.refresh() if self._children.listed else 0
         with self._lock:
             bracket.stop = self._clock()
@@ -303,6 +322,9 @@ class Tracker:
             exact=self._source.exact,
             children_changed=children_changed,
             brief=bracket.seconds < BRIEF,
+            thread_bytes=bracket.thread_peak,
+            freed_bytes=bracket.held - bracket.held_after,
+            outside_bytes=_rise(before.outside, self._outside()),
         )
         return Window(
             bracket.start,
@@ -488,6 +510,10 @@ def _unexplained(bracket: Bracket, before: Look, after: Look) -> int:
         return 0  # a clock that was only met in between tells of its whole life
     time_ns = max(0, after.others - before.others)
     return bracket.peak - bracket.rss - time_ns * threads.TOUCH_BYTES_PER_NS
+
+
+def _rise(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
 
 
 def _sum(times: Iterable[int | None]) -> int:

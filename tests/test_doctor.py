@@ -1,0 +1,128 @@
+"""``dask memusage doctor``: as a process, beside real clusters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import LocalCluster
+
+from dask_memusage_exporter import install, nanny
+from tests.conftest import run_cli
+from tests.servers import Servers
+
+
+def doctor(*arguments: str, code: int = 0, **environment: str) -> Any:
+    """Run the doctor; return its document."""
+    import os
+
+    done = run_cli("memusage", "doctor", "--json", *arguments, env={**os.environ, **environment})
+    assert done.returncode == code, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def advice(document: Any) -> str:
+    return "\n".join(one["text"] for one in document["advice"])
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Servers]:
+    servers = Servers(tmp_path)
+    yield servers
+    servers.close()
+
+
+def test_this_machine() -> None:
+    """The source, why, and the lines that turn jemalloc on, which work as they stand."""
+    try:
+        variables = nanny.environment()
+    except nanny.JemallocError:
+        pytest.skip("no jemalloc here")
+    found = doctor()
+    assert found["machine"]["source"] == "kernel"
+    assert found["machine"]["variables"] == variables
+    assert found["advice"] == []
+    assert doctor(**variables)["machine"]["source"] == "jemalloc"
+    text = run_cli("memusage", "doctor").stdout
+    for name, value in variables.items():
+        assert f"export {name}={value}" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        (
+            {"DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON__LD_PRELOAD": "/x/libjemalloc.so.2"},
+            "pre-spawn-environ.ld_preload does nothing",
+        ),
+        ({"DASK_MEMUSAGE__SOURCE": "magic"}, "memusage.source: 'magic'"),
+        ({"DASK_MEMUSAGE__JEMALOC": "true"}, "did you mean memusage.jemalloc?"),
+    ],
+)
+def test_wrong_settings(environment: dict[str, str], says: str) -> None:
+    """Each is named with its mend, and the status says that something is wrong."""
+    assert says in advice(doctor(code=1, **environment))
+
+
+def test_a_cluster_that_is_measured(make_cluster: Callable[..., LocalCluster]) -> None:
+    """Every worker with its source, and why threads want jemalloc."""
+    cluster = make_cluster(n_workers=2, threads_per_worker=2)
+    install(cluster)
+    found = doctor("--scheduler", cluster.scheduler_address)
+    assert found["cluster"]["sources"] == {"kernel": 2}
+    assert found["cluster"]["scheduler"]["metrics_port"] == cluster.scheduler.http_server.port
+    said = advice(found)
+    for address in cluster.scheduler.workers:
+        assert f"{address} runs 2 threads" in said
+    assert "malloc is not jemalloc" in said
+    assert "install(client, jemalloc=True)" in said
+    text = run_cli("memusage", "doctor", "--scheduler", cluster.scheduler_address).stdout
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_cluster_on_jemalloc(make_cluster: Callable[..., LocalCluster]) -> None:
+    """There is nothing to mend."""
+    try:
+        nanny.environment()
+    except nanny.JemallocError:
+        pytest.skip("no jemalloc here")
+    cluster = make_cluster(n_workers=0, threads_per_worker=2)
+    install(cluster, jemalloc=True)
+    cluster.scale(1)
+    cluster.wait_for_workers(1)
+    found = doctor("--scheduler", cluster.scheduler_address)
+    assert found["cluster"]["sources"] == {"jemalloc": 1}
+    assert found["advice"] == []
+
+
+def test_a_cluster_that_is_not_measured(make_cluster: Callable[..., LocalCluster]) -> None:
+    """It says how to begin."""
+    found = doctor("--scheduler", make_cluster().scheduler_address, code=1)
+    assert found["cluster"]["sources"] == {"missing": 1}
+    assert "call dask_memusage_exporter.install(client)" in advice(found)
+
+
+def test_a_preload_that_is_hidden(servers: Servers) -> None:
+    """A --preload of a platform's hides the one that is configured: named, with the mend."""
+    (servers.directory / "platform_preload.py").write_text("def dask_setup(server):\n    pass\n")
+    servers.scheduler(
+        *("--preload", "platform_preload"),
+        env={
+            "DASK_DISTRIBUTED__SCHEDULER__PRELOAD": '["dask_memusage_exporter"]',
+            "PYTHONPATH": str(servers.directory),
+        },
+    )
+    found = doctor("--scheduler", servers.identity()["address"], code=1)
+    assert "hides what is configured: name both" in advice(found)
+
+
+def test_no_scheduler_there() -> None:
+    """One line, exit status 2."""
+    done = run_cli("memusage", "doctor", "--scheduler", "tcp://127.0.0.1:9")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "--scheduler: 'tcp://127.0.0.1:9' cannot be reached" in line

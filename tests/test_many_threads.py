@@ -1,0 +1,426 @@
+"""Many threads a worker: with jemalloc each task has its own peak, whatever runs beside it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+
+import dask_memusage_exporter
+from dask_memusage_exporter import MemusageNannyPlugin, nanny
+from dask_memusage_exporter.records import TaskMemory
+from tests import tasks
+from tests.conftest import Measured, Metrics, measured, scheduler_port, wait_until, worker_ports
+from tests.tasks import Gate
+
+MIB = 2**20
+
+#: jemalloc rounds sizes up to its classes.
+TOLERANCE = 0.25
+
+
+@pytest.fixture(scope="module")
+def library(request: pytest.FixtureRequest) -> str:
+    """Where libjemalloc is, or skips loudly; under CI=true it fails."""
+    try:
+        return nanny.find()
+    except nanny.JemallocError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(error))
+        pytest.skip(f"{error}; run tests/install-components as root")
+
+
+@contextmanager
+def on_jemalloc(config: dict[str, Any] | None = None, **options: Any) -> Iterator[Measured]:
+    """Hold a measured cluster whose workers run on jemalloc."""
+    before = dict(os.environ)
+    settings = {"memusage.jemalloc": True, "memusage.max-prefixes": 1000, **(config or {})}
+    with measured(settings, n_workers=options.pop("n_workers", 1), **options) as cluster:
+        (state, *_) = cluster.cluster.scheduler.workers.values()
+        wait_until(lambda: source(cluster) == "jemalloc", what=f"jemalloc on {state}")
+        added = {k: v for k, v in os.environ.items() if before.get(k) != v}
+        assert not added.keys() & {"LD_PRELOAD", "PYTHONMALLOC", "ARROW_DEFAULT_MEMORY_POOL"}
+        yield cluster
+
+
+def source(cluster: Measured) -> str | None:
+    """Return the source of the first worker that is connected, as its heartbeat says."""
+    for state in cluster.cluster.scheduler.workers.values():
+        said = state.metrics.get("memusage")
+        return said and said.get("source")
+    return None
+
+
+@pytest.fixture(scope="module")
+def many(library: str) -> Iterator[Measured]:
+    """One worker process on jemalloc with 8 threads."""
+    with on_jemalloc(threads_per_worker=8) as cluster:
+        cluster.client.run(tasks.frame, 1000)  # imports pandas
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def single(library: str) -> Iterator[Measured]:
+    """One with one thread."""
+    with on_jemalloc() as cluster:
+        yield cluster
+
+
+def record(cluster: Measured, key: str) -> TaskMemory:
+    """Return the one record of a key."""
+    (found,) = (one for one in cluster.records if one.key == key)
+    return found
+
+
+def assert_own(one: TaskMemory, truth: float) -> None:
+    assert (one.scope, one.reason) == ("thread", None), one
+    assert truth * 0.98 <= one.growth_bytes <= truth * (1 + TOLERANCE) + MIB, one
+
+
+def reached(gate: Gate) -> None:
+    wait_until(lambda: gate.reached, what=f"a task to come to {gate.path}")
+
+
+# -- each task's own ---------------------------------------------------------------------
+
+
+def test_eight_at_once(many: Measured, go: Gate) -> None:
+    """Eight tasks hold 10 to 400 MB at the same time: each its own; the peak is everybody's."""
+    sizes = [10, 50, 160, 400] * 2
+    keys = [f"own-{number}" for number in range(8)]
+    futures = [
+        many.client.submit(tasks.counted_hold_until, go.path, mib, key=key)
+        for key, mib in zip(keys, sizes, strict=True)
+    ]
+    executions = Path(go.path + ".executions")
+    wait_until(lambda: executions.exists() and executions.stat().st_size == 8)
+    reached(go)
+    go.open()
+    many.client.gather(futures)
+    for key, mib in zip(keys, sizes, strict=True):
+        one = record(many, key)
+        assert_own(one, mib * MIB)
+        assert one.concurrency == 8
+        assert one.peak_bytes - one.start_bytes > mib * MIB * 0.9
+
+
+@pytest.mark.parametrize(
+    "kind", ["array", "5 kB", "64 kB", "integers", "strings", "dicts", "frame"]
+)
+def test_kinds_of_allocation(kind: str, many: Measured) -> None:
+    """Each kind, first run and tenth, four at a time: within a quarter of its size."""
+    kinds = [f"{kind}-{run}" for run in range(10)]
+    futures = [many.client.submit(tasks.sized, kind, 100 * MIB, key=key) for key in kinds]
+    for key, truth in zip(kinds, many.client.gather(futures), strict=True):
+        one = record(many, key)
+        assert (one.scope, one.reason) == ("thread", None), one
+        assert one.growth_bytes == pytest.approx(truth, rel=TOLERANCE), one
+
+
+def test_alone_and_overlapped_agree(single: Measured, many: Measured, go: Gate) -> None:
+    """A prefix whose tasks run alone here and overlapped there has one scope and one size."""
+    alone = [f"agree-{number}" for number in range(4)]
+    for key in alone:
+        single.client.submit(tasks.sized, "64 kB", 100 * MIB, key=key).result()
+    many.client.gather([many.client.submit(tasks.sized, "64 kB", 100 * MIB, key=k) for k in alone])
+    sizes = [record(cluster, key).growth_bytes for cluster in (single, many) for key in alone]
+    assert {record(single, key).scope for key in alone} == {"thread"}
+    assert max(sizes) <= min(sizes) * 1.1
+
+
+def test_who_waits_for_its_own_tasks(many: Measured) -> None:
+    """Inner tasks have a growth of their own, and it is not the waiting one's."""
+    many.client.submit(tasks.with_get_client, 1, 100, key="outer-1").result()
+    (inner,) = (one for one in many.records if one.task_prefix == "inner")
+    assert_own(inner, 100 * MIB)
+    waiting = record(many, "outer-1")
+    assert waiting.scope == "thread"
+    assert waiting.growth_bytes < 20 * MIB
+
+
+# -- what the thread's count is not ------------------------------------------------------
+
+
+def free_then_take(held: list[Any], mib: int) -> int:
+    """Free what somebody else has allocated, then take half of it."""
+    held.clear()
+    return int(np.ones(mib * MIB // 8)[0])
+
+
+def test_freeing_what_others_allocated(many: Measured, go: Gate) -> None:
+    """A thread's count that fell below its start is no growth: never 0 for 50 MB."""
+
+    def hold() -> None:
+        import builtins
+
+        builtins.held = [np.ones(100 * MIB // 8)]
+
+    def free() -> float:
+        import builtins
+
+        builtins.held.clear()
+        return float(np.ones(50 * MIB // 8).sum())
+
+    (worker,) = many.cluster.scheduler.workers
+    many.client.run(hold)
+    wait_beside = many.client.submit(tasks.busy_until, go.path, key="beside-free")
+    reached(go)
+    many.client.submit(free, key="free-1").result()
+    go.open()
+    wait_beside.result()
+    one = record(many, "free-1")
+    assert (one.scope, one.reason, one.growth_bytes) == ("shared", "overlap", None), one
+    assert worker in many.cluster.scheduler.workers
+
+
+def test_freeing_alone(single: Measured) -> None:
+    """Nor where it was alone: what it freed may hide what it took, in both figures."""
+
+    def hold() -> None:
+        import builtins
+
+        builtins.held = [np.ones(100 * MIB // 8)]
+
+    def free() -> float:
+        import builtins
+
+        builtins.held.clear()
+        return float(np.ones(50 * MIB // 8).sum())
+
+    single.client.run(hold)
+    single.client.submit(free, key="free-alone").result()
+    one = record(single, "free-alone")
+    assert one.growth_bytes is None
+    assert one.reason in ("warm_heap", "contradiction"), one
+
+
+def test_untouched_memory(many: Measured, single: Measured) -> None:
+    """Memory that is allocated and never touched counts in full; more than there is does not."""
+
+    def empty(mib: int) -> int:
+        return np.empty(mib * MIB, dtype="u1").size
+
+    single.client.submit(empty, 60, key="empty-60").result()
+    one = record(single, "empty-60")
+    assert_own(one, 60 * MIB)
+    assert one.peak_bytes - one.start_bytes < 10 * MIB
+    single.client.submit(empty, 40_000, key="empty-40000").result()
+    one = record(single, "empty-40000")
+    assert one.growth_bytes is None
+    assert one.reason in ("warm_heap", "contradiction"), one
+
+
+def test_helper_threads(single: Measured, many: Measured, go: Gate) -> None:
+    """What a task's helper threads allocate is seen where the task was alone, and only there."""
+
+    def helped() -> None:
+        helper = threading.Thread(target=lambda: np.ones(100 * MIB // 8).sum())
+        helper.start()
+        helper.join()
+
+    single.client.submit(helped, key="helped-1").result()
+    one = record(single, "helped-1")
+    if one.scope == "thread":
+        assert_own(one, 100 * MIB)
+    else:  # and the heap may have hidden some of it
+        assert (one.reason, one.growth_bytes) == ("warm_heap", None)
+        assert one.peak_bytes - one.start_bytes + one.reusable_bytes > 99 * MIB
+    beside = many.client.submit(tasks.busy_until, go.path, key="beside-helped")
+    reached(go)
+    many.client.submit(helped, key="helped-1").result()
+    go.open()
+    beside.result()
+    assert record(many, "helped-1").growth_bytes < 20 * MIB
+
+
+def test_arrows_pool(many: Measured, go: Gate) -> None:
+    """Arrow's memory comes to malloc; where its pool keeps it to itself no growth is claimed."""
+    pytest.importorskip("pyarrow")
+
+    def buffer(pool: str) -> int:
+        import pyarrow
+
+        pool = getattr(pyarrow, f"{pool}_memory_pool")()
+        block = pyarrow.allocate_buffer(100 * MIB, pool)
+        np.frombuffer(block, dtype="u1")[:] = 1
+        return block.size
+
+    beside = many.client.submit(tasks.busy_until, go.path, key="beside-arrow")
+    reached(go)
+    many.client.submit(buffer, "default", key="arrow-1").result()
+    go.open()
+    beside.result()
+    assert_own(record(many, "arrow-1"), 100 * MIB)
+
+
+def test_children_are_not_the_threads(many: Measured) -> None:
+    """A task that starts a process has no growth: what the child took is not in its count."""
+    many.client.submit(tasks.child_holds, 100, 0.3, key="child-1").result()
+    one = record(many, "child-1")
+    assert (one.scope, one.growth_bytes) == ("shared", None), one
+
+
+# -- turning it on -----------------------------------------------------------------------
+
+
+def test_what_metrics_and_log_say(many: Measured) -> None:
+    """The source is on both pages, and the scope has a count of its own."""
+    for number in range(5):  # at times the child of another test is only just gone
+        many.client.submit(tasks.array, 20, key=f"told-{number}").result()
+    (port,) = worker_ports(many.cluster)
+    metrics = Metrics.read(port)
+    assert metrics.total("dask_worker_task_memory_exporter_info", source="jemalloc") == 1
+    told = {"task_prefix_name": "told", "scope": "thread"}
+    own = metrics.total("dask_worker_task_memory_tasks_total", **told)
+    assert own >= 3
+    grown = metrics.total("dask_worker_task_memory_growth_bytes_count", task_prefix_name="told")
+    assert grown == own
+    workers = Metrics.read(scheduler_port(many.cluster))
+    # Every cluster of this process is on the page.
+    assert workers.total("dask_scheduler_task_memory_workers", source="jemalloc") >= 1
+    assert workers.total("dask_scheduler_task_memory_workers", source="kernel") == 0
+    (lines,) = many.client.get_worker_logs().values()
+    assert any("source jemalloc" in line for _, line in lines)
+
+
+def pids(cluster: Any) -> set[int]:
+    return {worker.pid for worker in cluster.workers.values()}
+
+
+def test_a_running_cluster(
+    library: str, make_cluster: Callable[..., Any], make_client: Callable[..., Client]
+) -> None:
+    """Its workers are started anew, once; the client's own environment is as before."""
+    before = dict(os.environ)
+    cluster = make_cluster(n_workers=2)
+    client = make_client(cluster)
+    old = pids(cluster)
+    dask_memusage_exporter.install(client, jemalloc=True)
+    client.wait_for_workers(2)
+    new = pids(cluster)
+    assert not old & new
+    assert set(client.run(malloc_of).values()) == {"jemalloc"}
+    dask_memusage_exporter.install(cluster, jemalloc=True)
+    client.register_plugin(MemusageNannyPlugin())
+    assert pids(cluster) == new
+    assert {k: v for k, v in os.environ.items() if k in VARIABLES} == {
+        k: v for k, v in before.items() if k in VARIABLES
+    }
+    # A worker that its nanny starts again has it too, and gives back again.
+    client.restart()
+    client.wait_for_workers(2)
+    assert set(client.run(malloc_of).values()) == {"jemalloc"}
+    assert not VARIABLES & (os.environ.keys() - before.keys())
+
+
+VARIABLES = {"LD_PRELOAD", "PYTHONMALLOC", "ARROW_DEFAULT_MEMORY_POOL"}
+
+
+def malloc_of(dask_worker: Any) -> str:
+    return dask_worker.metrics["memusage"](dask_worker)["source"]
+
+
+@pytest.mark.parametrize("path", ["/no/such/libjemalloc.so.2", "libc"])
+def test_a_library_that_will_not_do(
+    path: str, measure: Callable[..., Measured], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The workers come up as ever, and the nanny's log says why and how to mend it."""
+    if path == "libc":  # a library that loads, and is no jemalloc
+        path = str(tmp_path / "libjemalloc.so.2")
+        Path(path).symlink_to(_libc())
+    measured = measure({"memusage.jemalloc": path})
+    measured.client.submit(tasks.array, 20, key="as-ever").result()
+    wait_until(lambda: source(measured) == "kernel")
+    assert record(measured, "as-ever").scope != "thread"
+    assert any("jemalloc is not turned on" in line and path in line for line in caplog.messages)
+
+
+def _libc() -> str:
+    with open("/proc/self/maps") as maps:
+        return next(line.split()[-1] for line in maps if "libc.so.6" in line)
+
+
+def script(text: str, **environment: str) -> str:
+    """Run a script in a fresh process; return what it prints."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(text)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    ).stdout.strip()
+
+
+PROBE = """
+from dask_memusage_exporter.measure import choose
+chosen = choose("auto", kernel_reset=True)
+print(chosen.name, "|", chosen.why)
+"""
+
+
+def test_without_pythonmalloc(library: str) -> None:
+    """Small objects would be missing: the number is not taken, and the log says what to set."""
+    said = script(PROBE, LD_PRELOAD=library)
+    assert said.startswith("kernel |")
+    assert "set PYTHONMALLOC=malloc" in said
+
+
+def test_without_jemalloc() -> None:
+    """Plain glibc is named for what it is."""
+    said = script(PROBE, PYTHONMALLOC="malloc")
+    assert said.startswith("kernel |")
+    assert "malloc is not jemalloc" in said
+
+
+@pytest.mark.parametrize("mode", ["RTLD_LOCAL", "RTLD_GLOBAL"])
+def test_a_jemalloc_that_is_not_the_process_malloc(mode: str, library: str) -> None:
+    """One that a library has brought along, openly or not, is not taken for it."""
+    said = script(
+        f"import ctypes; ctypes.CDLL({library!r}, mode=ctypes.{mode})\n{PROBE}",
+        PYTHONMALLOC="malloc",
+        GLIBC_TUNABLES="glibc.rtld.optional_static_tls=65536",  # else it cannot be loaded so late
+    )
+    assert said.startswith("kernel |")
+    assert ("does not come to it" if mode == "RTLD_GLOBAL" else "not jemalloc") in said
+
+
+def test_setting_of_the_source(library: str) -> None:
+    """`kernel` leaves it alone; `jemalloc` where there is none goes on with what works."""
+    text = PROBE.replace("auto", "kernel")
+    assert script(text, LD_PRELOAD=library, PYTHONMALLOC="malloc").startswith("kernel |")
+    assert script(PROBE.replace("auto", "jemalloc")).startswith("kernel |")
+    assert script(PROBE, LD_PRELOAD=library, PYTHONMALLOC="malloc").startswith("jemalloc |")
+
+
+def test_environment_keeps_what_is_there(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other preloads stay behind ours, and Arrow's pool is left where somebody has chosen it."""
+    monkeypatch.setenv("LD_PRELOAD", "/lib/other.so")
+    monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", "mimalloc")
+    assert nanny.environment() == {
+        "LD_PRELOAD": f"{library}:/lib/other.so",
+        "PYTHONMALLOC": "malloc",
+        "ARROW_DEFAULT_MEMORY_POOL": "mimalloc",
+    }
+
+
+def test_thread_ends_and_descriptors(many: Measured) -> None:
+    """Thousands of tasks, on threads that come and go, leave no descriptor and no memory."""
+    before = many.client.run(_open_files)
+    for _ in range(5):
+        many.client.gather(many.client.map(tasks.secede_only, range(200), pure=False))
+    assert many.client.run(_open_files) == before
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
