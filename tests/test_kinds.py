@@ -73,10 +73,14 @@ def run(cluster: Measured, key: str, function: Callable[..., Any], *args: Any) -
     return record
 
 
-def run_asked(cluster: Measured, key: str, function: Callable[..., Any]) -> TaskMemory:
-    """Run a task until the heap has been asked before it; many short ones use up the budget."""
-    runs = (run(cluster, f"{key}-{number}", function) for number in range(1000))
-    return next(record for record in runs if record.reusable_bytes is not None)
+def run_until_own(cluster: Measured, key: str, function: Callable[..., Any]) -> TaskMemory:
+    """Run a task until its growth is its own, and return that record.
+
+    Many short ones use up the budget for asking the heap, and a thread of Dask's may happen to
+    use the processor beside a neighbour that does not: then it is shared, and says so.
+    """
+    runs = (run(cluster, f"{key}-{number}", function) for number in range(200))
+    return next(record for record in runs if record.scope == "process")
 
 
 def reached(gate: Gate) -> None:
@@ -261,7 +265,7 @@ def test_seceded_for_ever(one: Measured, go: Gate) -> None:
         with pytest.raises(ValueError, match="on purpose"):
             actor.fail(0).result()
     one.client.gather(one.client.map(tasks.nothing, range(200), key="beside-endless"))
-    record = run_asked(one, "alone-beside-endless", tasks.array)
+    record = run_until_own(one, "alone-beside-endless", tasks.array)
     assert (record.scope, record.reason, record.concurrency) == ("process", None, 2), record
     assert record.growth_bytes == pytest.approx(100 * MIB, rel=0.02)
     held = memusage(
