@@ -11,6 +11,7 @@ import ctypes
 import os
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from benchmarks.report import Result, Table, Target
 WITHIN, YOUNG = 0.10, 0.1
 
 
-def fast(step: int = 50) -> None:
+def fast(running: str, step: int = 50) -> None:
     """About 1 GB/s, for ever within 2 GB."""
+    Path(running).touch()
     blocks: list[bytes] = []
     while len(blocks) < 40:
         blocks.append(b"x" * (step * MIB))
@@ -33,16 +35,18 @@ def fast(step: int = 50) -> None:
     time.sleep(600)
 
 
-def slow() -> None:
+def slow(running: str) -> None:
     """About 50 MB/s."""
+    Path(running).touch()
     blocks: list[bytes] = []
     while True:
         blocks.append(b"x" * (5 * MIB))
         time.sleep(0.1)
 
 
-def gil() -> None:
-    """Memory in C with the GIL held from the first line to the end."""
+def gil(running: str) -> None:
+    """Memory in C with the GIL held to the end."""
+    Path(running).touch()
     libc = ctypes.PyDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = (ctypes.c_size_t,)
@@ -107,16 +111,22 @@ def kill(*, kind: str, kills: int) -> list[dict[str, Any]]:
     found = []
     settings = {"distributed.scheduler.allowed-failures": 0}
     chance = random.Random(kind)
-    with dask.config.set(settings), bench(OURS) as one:
+    with (
+        dask.config.set(settings),
+        bench(OURS) as one,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         events: list[dict[str, Any]] = []
         one.client.subscribe_topic("memusage", lambda event: events.append(event[1]))
         for number in range(kills):
-            culprit = one.client.submit(function, key=f"culprit-{number}", priority=1)
+            running = Path(folder, f"running-{number}")
+            culprit = one.client.submit(function, str(running), key=f"culprit-{number}", priority=1)
             queue = one.client.map(time.sleep, [0.001] * 20, pure=False, key=f"queued{number}")
             (nanny,) = one.cluster.workers.values()
             most = {"fast": 900, "slow": 130, "gil": 590}[kind]
             until = chance.uniform(0.3, 0.9) * most if kind != "gil" else most
-            while (rss := _rss(nanny.pid)) < until * MIB:
+            # Before it runs there is nobody to name.
+            while not running.exists() or (rss := _rss(nanny.pid)) < until * MIB:
                 time.sleep(0.005)
             said, killed = len(events), time.time()
             os.kill(nanny.pid, signal.SIGKILL)
