@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+from distributed.core import Status
 
 from benchmarks.harness import MIB, OURS, Spread, bench, isolated
 from benchmarks.report import Result, Table, Target
@@ -109,7 +110,11 @@ def kill(*, kind: str, kills: int) -> list[dict[str, Any]]:
     """Kill a worker again and again; return what was said of each."""
     function = {"fast": fast, "slow": slow, "gil": gil}[kind]
     found = []
-    settings = {"distributed.scheduler.allowed-failures": 0}
+    settings = {
+        "distributed.scheduler.allowed-failures": 0,
+        # Else the cluster gives a worker up that is dead 15 s after it was dead before.
+        "distributed.deploy.lost-worker-timeout": "1h",
+    }
     chance = random.Random(kind)
     with (
         dask.config.set(settings),
@@ -125,8 +130,13 @@ def kill(*, kind: str, kills: int) -> list[dict[str, Any]]:
             (nanny,) = one.cluster.workers.values()
             most = {"fast": 900, "slow": 130, "gil": 590}[kind]
             until = chance.uniform(0.3, 0.9) * most if kind != "gil" else most
-            # Before it runs there is nobody to name.
-            while not running.exists() or (rss := _rss(nanny.pid)) < until * MIB:
+            # Before it runs there is nobody to name, and a nanny whose worker dies before it has
+            # heard of its start gives up.
+            while (
+                not running.exists()
+                or nanny.process.status != Status.running
+                or (rss := _rss(nanny.pid)) < until * MIB
+            ):
                 time.sleep(0.005)
             said, killed = len(events), time.time()
             os.kill(nanny.pid, signal.SIGKILL)
