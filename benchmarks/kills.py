@@ -128,7 +128,7 @@ def kill(*, kind: str, kills: int) -> list[dict[str, Any]]:
             culprit = one.client.submit(function, str(running), key=f"culprit-{number}", priority=1)
             queue = one.client.map(time.sleep, [0.001] * 20, pure=False, key=f"queued{number}")
             (nanny,) = one.cluster.workers.values()
-            most = {"fast": 900, "slow": 130, "gil": 590}[kind]
+            most = {"fast": 900, "slow": 200, "gil": 590}[kind]
             until = chance.uniform(0.3, 0.9) * most if kind != "gil" else most
             # Before it runs there is nobody to name, and a nanny whose worker dies before it has
             # heard of its start gives up.
