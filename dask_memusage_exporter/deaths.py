@@ -247,9 +247,10 @@ class Deaths:
         self._settled[incarnation] = death
         while len(self._settled) > _REMEMBERED:
             self._settled.popitem(last=False)
-        untold = [one for one, death in self._settled.items() if death is not None]
-        for one in untold[:-_UNTOLD]:
-            self._settled[one] = None
+        if death is not None:
+            untold = [one for one, untold in self._settled.items() if untold is not None]
+            for one in untold[:-_UNTOLD]:
+                self._settled[one] = None
 
     def event(self, topic: str, message: Any) -> None:
         """Hear the scheduler's events (``SchedulerPlugin.log_event``)."""

@@ -81,7 +81,7 @@ class Reporter:
 
     def report(self, record: TaskMemory) -> None:
         """Count a record, and send it where rows are wanted."""
-        if self._batch is None:
+        if self._process is None or self._batch is None:
             return
         self._batch.observe(record)
         self._observed += 1
@@ -92,7 +92,7 @@ class Reporter:
             self._worker.loop.call_later(self._interval(), self._flush_later)
         # Ahead of the task-finished message: rows are there when the client hears of the task.
         if self.rows and self.heard and not self._send(RECORDS_OP, rows=[to_row(record)]):
-            self._drop(1)
+            self._process.health.drop("disconnected")
 
     def flush(self) -> None:
         """Add what has been counted to the process's aggregate, and tell the scheduler."""
@@ -253,7 +253,3 @@ class Reporter:
             return False  # Worker.batched_send would say nothing
         self._worker.batched_send({"op": op, **message})
         return True
-
-    def _drop(self, records: int) -> None:
-        if self._process is not None:
-            self._process.health.drop("disconnected", records)

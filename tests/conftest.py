@@ -30,6 +30,7 @@ from distributed import Client, LocalCluster
 from prometheus_client.parser import text_string_to_metric_families
 
 import dask_memusage_exporter
+from dask_memusage_exporter import nanny
 from dask_memusage_exporter.records import TaskMemory
 from tests.tasks import Gate
 
@@ -219,6 +220,17 @@ def childless() -> None:
     resource_tracker._resource_tracker._stop()
     forkserver._forkserver._stop()
     assert not psutil.Process().children()
+
+
+@pytest.fixture(scope="session")
+def jemalloc() -> str:
+    """Return where libjemalloc is, or skip loudly; under CI=true it fails."""
+    try:
+        return nanny.find()
+    except nanny.JemallocError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(error))
+        pytest.skip(f"{error}; run tests/install-components as root")
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from dask_memusage_exporter import nanny
 from dask_memusage_exporter.cli import memusage
 from dask_memusage_exporter.cli.summary import Growth, by_prefix, find, growth_of
 from dask_memusage_exporter.cli.tables import fit, growth, size
@@ -153,15 +152,12 @@ def test_tables_fit_a_terminal_and_tell_of_failures(
 
 
 @pytest.mark.parametrize("source", ["auto", "kernel"])
-def test_tasks_that_overlap(source: str, surroundings: dict[str, Any], folder: Path) -> None:
+def test_tasks_that_overlap(
+    source: str, surroundings: dict[str, Any], folder: Path, request: pytest.FixtureRequest
+) -> None:
     """With two threads jemalloc knows whose memory it was; without it, the demo says so."""
     if source == "auto":
-        try:
-            nanny.environment()
-        except nanny.JemallocError as error:
-            if os.environ.get("CI") == "true":
-                pytest.fail(str(error))
-            pytest.skip(str(error))
+        request.getfixturevalue("jemalloc")
     for name in ("a.txt", "b.txt"):
         (folder / name).write_bytes((folder / "below" / "large.txt").read_bytes())
     surroundings["env"] |= {"DASK_MEMUSAGE__SOURCE": source}

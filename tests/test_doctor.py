@@ -35,12 +35,9 @@ def servers(tmp_path: Path) -> Iterator[Servers]:
     servers.close()
 
 
-def test_this_machine() -> None:
+def test_this_machine(jemalloc: str) -> None:
     """The source, why, and the lines that turn jemalloc on, which work as they stand."""
-    try:
-        variables = nanny.environment()
-    except nanny.JemallocError:
-        pytest.skip("no jemalloc here")
+    variables = nanny.environment(jemalloc)
     found = doctor()
     assert found["machine"]["source"] == "kernel"
     assert found["machine"]["variables"] == variables
@@ -84,12 +81,9 @@ def test_a_cluster_that_is_measured(make_cluster: Callable[..., LocalCluster]) -
     assert max(map(len, text.splitlines())) <= 100
 
 
+@pytest.mark.usefixtures("jemalloc")
 def test_a_cluster_on_jemalloc(make_cluster: Callable[..., LocalCluster]) -> None:
     """There is nothing to mend."""
-    try:
-        nanny.environment()
-    except nanny.JemallocError:
-        pytest.skip("no jemalloc here")
     cluster = make_cluster(n_workers=0, threads_per_worker=2)
     install(cluster, jemalloc=True)
     cluster.scale(1)

@@ -29,17 +29,6 @@ MIB = 2**20
 TOLERANCE = 0.25
 
 
-@pytest.fixture(scope="module")
-def library(request: pytest.FixtureRequest) -> str:
-    """Where libjemalloc is, or skips loudly; under CI=true it fails."""
-    try:
-        return nanny.find()
-    except nanny.JemallocError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(error))
-        pytest.skip(f"{error}; run tests/install-components as root")
-
-
 @contextmanager
 def on_jemalloc(config: dict[str, Any] | None = None, **options: Any) -> Iterator[Measured]:
     """Hold a measured cluster whose workers run on jemalloc."""
@@ -62,7 +51,7 @@ def source(cluster: Measured) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def many(library: str) -> Iterator[Measured]:
+def many(jemalloc: str) -> Iterator[Measured]:
     """One worker process on jemalloc with 8 threads."""
     with on_jemalloc(threads_per_worker=8) as cluster:
         cluster.client.run(tasks.frame, 1000)  # imports pandas
@@ -70,7 +59,7 @@ def many(library: str) -> Iterator[Measured]:
 
 
 @pytest.fixture(scope="module")
-def single(library: str) -> Iterator[Measured]:
+def single(jemalloc: str) -> Iterator[Measured]:
     """One with one thread."""
     with on_jemalloc() as cluster:
         yield cluster
@@ -298,7 +287,7 @@ def pids(cluster: Any) -> set[int]:
 
 
 def test_a_running_cluster(
-    library: str, make_cluster: Callable[..., Any], make_client: Callable[..., Client]
+    jemalloc: str, make_cluster: Callable[..., Any], make_client: Callable[..., Client]
 ) -> None:
     """Its workers are started anew, once; the client's own environment is as before."""
     before = dict(os.environ)
@@ -369,9 +358,9 @@ print(chosen.name, "|", chosen.why)
 """
 
 
-def test_without_pythonmalloc(library: str) -> None:
+def test_without_pythonmalloc(jemalloc: str) -> None:
     """Small objects would be missing: the number is not taken, and the log says what to set."""
-    said = script(PROBE, LD_PRELOAD=library)
+    said = script(PROBE, LD_PRELOAD=jemalloc)
     assert said.startswith("kernel |")
     assert "set PYTHONMALLOC=malloc" in said
 
@@ -384,10 +373,10 @@ def test_without_jemalloc() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RTLD_LOCAL", "RTLD_GLOBAL"])
-def test_a_jemalloc_that_is_not_the_process_malloc(mode: str, library: str) -> None:
+def test_a_jemalloc_that_is_not_the_process_malloc(mode: str, jemalloc: str) -> None:
     """One that a library has brought along, openly or not, is not taken for it."""
     said = script(
-        f"import ctypes; ctypes.CDLL({library!r}, mode=ctypes.{mode})\n{PROBE}",
+        f"import ctypes; ctypes.CDLL({jemalloc!r}, mode=ctypes.{mode})\n{PROBE}",
         PYTHONMALLOC="malloc",
         GLIBC_TUNABLES="glibc.rtld.optional_static_tls=65536",  # else it cannot be loaded so late
     )
@@ -395,20 +384,20 @@ def test_a_jemalloc_that_is_not_the_process_malloc(mode: str, library: str) -> N
     assert ("does not come to it" if mode == "RTLD_GLOBAL" else "not jemalloc") in said
 
 
-def test_setting_of_the_source(library: str) -> None:
+def test_setting_of_the_source(jemalloc: str) -> None:
     """`kernel` leaves it alone; `jemalloc` where there is none goes on with what works."""
     text = PROBE.replace("auto", "kernel")
-    assert script(text, LD_PRELOAD=library, PYTHONMALLOC="malloc").startswith("kernel |")
+    assert script(text, LD_PRELOAD=jemalloc, PYTHONMALLOC="malloc").startswith("kernel |")
     assert script(PROBE.replace("auto", "jemalloc")).startswith("kernel |")
-    assert script(PROBE, LD_PRELOAD=library, PYTHONMALLOC="malloc").startswith("jemalloc |")
+    assert script(PROBE, LD_PRELOAD=jemalloc, PYTHONMALLOC="malloc").startswith("jemalloc |")
 
 
-def test_environment_keeps_what_is_there(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_keeps_what_is_there(jemalloc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other preloads stay behind ours, and Arrow's pool is left where somebody has chosen it."""
     monkeypatch.setenv("LD_PRELOAD", "/lib/other.so")
     monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", "mimalloc")
     assert nanny.environment() == {
-        "LD_PRELOAD": f"{library}:/lib/other.so",
+        "LD_PRELOAD": f"{jemalloc}:/lib/other.so",
         "PYTHONMALLOC": "malloc",
         "ARROW_DEFAULT_MEMORY_POOL": "mimalloc",
     }

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import pytest
 
-from dask_memusage_exporter import nanny
 from dask_memusage_exporter.measure.heap import Budget, Heap
 
 MIB = 2**20
@@ -220,17 +219,6 @@ def test_private_allocators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Heap().ask() is not None
     monkeypatch.setitem(sys.modules, name, sys)
     assert Heap().ask() is None
-
-
-@pytest.fixture
-def jemalloc() -> str:
-    """Where it is, or skips loudly; under CI=true it fails."""
-    try:
-        return nanny.find()
-    except nanny.JemallocError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(error))
-        pytest.skip(f"{error}; run tests/install-components as root")
 
 
 def test_malloc_that_is_not_glibcs(jemalloc: str) -> None:

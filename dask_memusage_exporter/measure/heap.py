@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from dask_memusage_exporter.measure.jemalloc import JemallocHeap
 
@@ -220,6 +221,15 @@ def _figure(text: bytes, name: bytes) -> int:
     return int(text[at + 1 : text.index(b"\n", at)].replace(b",", b""))
 
 
+def _arrow_pool() -> Any:
+    """Return Arrow's default pool; None where it is not loaded, or is the system's malloc."""
+    pyarrow = sys.modules.get("pyarrow")
+    if pyarrow is None or not hasattr(pyarrow, "default_memory_pool"):
+        return None
+    pool = pyarrow.default_memory_pool()
+    return None if pool.backend_name == "system" else pool
+
+
 def arrow_free() -> int | None:
     """Return a bound of what Arrow's default pool keeps free; None: it cannot be known.
 
@@ -227,11 +237,8 @@ def arrow_free() -> int | None:
     what is in use and was at most, and keep more than the difference: 257 MB were resident after
     a peak of 209 MB. pyarrow is never imported for this.
     """
-    pyarrow = sys.modules.get("pyarrow")
-    if pyarrow is None or not hasattr(pyarrow, "default_memory_pool"):
-        return 0
-    pool = pyarrow.default_memory_pool()
-    if pool.backend_name == "system":
+    pool = _arrow_pool()
+    if pool is None:
         return 0
     peak = pool.max_memory()
     return int(peak) if peak is not None and peak <= ARROW_BYTES else None
@@ -259,11 +266,8 @@ def outside() -> int | None:
     for name in PRIVATE_ALLOCATORS:
         if name in sys.modules:
             return None
-    pyarrow = sys.modules.get("pyarrow")
-    if pyarrow is None or not hasattr(pyarrow, "default_memory_pool"):
-        return 0
-    pool = pyarrow.default_memory_pool()
-    if pool.backend_name == "system":
+    pool = _arrow_pool()
+    if pool is None:
         return 0
     try:
         return int(pool.total_bytes_allocated())
