@@ -45,6 +45,9 @@ _COUNTS = struct.Struct("<QQ")
 #: time of the peak, RSS at the start, peak, concurrency.
 _HEAD = struct.Struct("<B8sH")
 _FIELDS = struct.Struct("<ddQQH")
+_WHOLE = struct.Struct("<B8sHddQQH")
+#: In place of the digest of a key that is its own text: the reader makes it.
+_BY_TEXT = bytes(8)
 _SLOT_BYTES = 1024
 _KEY_AT = _HEAD.size + _FIELDS.size
 _KEY_BYTES = _SLOT_BYTES - _KEY_AT
@@ -164,12 +167,14 @@ class FlightFile:
             self.left_out(self._left_out + 1)
             return None
         slot = self._free.pop()
-        raw = text_of(key).encode()
+        if type(key) is str and len(key) <= _KEY_BYTES and key.isascii():
+            raw, digest = key.encode(), _BY_TEXT
+        else:
+            raw, digest = text_of(key).encode(), digest_of(key)
         at = _HEADER + slot * _SLOT_BYTES
         self._map[at + _KEY_AT : at + _KEY_AT + len(raw)] = raw
-        _FIELDS.pack_into(self._map, at + _HEAD.size, start, 0.0, 0, 0, 1)
         self._owners[slot] = key
-        _HEAD.pack_into(self._map, at, _WAITS, digest_of(key), len(raw))
+        _WHOLE.pack_into(self._map, at, _WAITS, digest, len(raw), start, 0.0, 0, 0, 1)
         return slot
 
     def runs(self, slot: int, runs: bool) -> None:
@@ -308,6 +313,8 @@ def _tasks(raw: bytes) -> list[Flying]:
                 raw, at + _HEAD.size
             )
             key = raw[at + _KEY_AT : at + _KEY_AT + length].decode("utf-8", "replace")
+            if digest == _BY_TEXT:
+                digest = digest_of(key)
             tasks.append(
                 Flying(key, start, start_bytes, peak_bytes, peak_time, concurrency, digest)
             )

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from time import perf_counter
 from typing import Protocol
 
 from prometheus_client import Metric
@@ -26,6 +27,9 @@ from dask_memusage_exporter.measure.tracker import Bracket, Look, Tracker, Windo
 from dask_memusage_exporter.traffic import Traffic
 
 logger = logging.getLogger("distributed.worker.memusage")
+
+#: Seconds in which a look at what surrounds the shortest tasks is not repeated.
+_MOMENT = 0.01
 
 
 class Member(Protocol):
@@ -75,6 +79,9 @@ class Process:
             wanted=settings.wants,
         )
         self.members: list[Member] = []
+        #: The last look before a task, and when that was (seconds, monotonic).
+        self._before: tuple[Look, int] | None = None
+        self._looked = 0.0
         logger.info("dask-memusage %s: source %s; %s", __version__, chosen.name, chosen.why)
         if self.heap.unknown is not None:
             logger.info("dask-memusage: the heap cannot be asked (%s)", self.heap.unknown)
@@ -84,24 +91,32 @@ class Process:
         for member in self.members:
             member.note(open_brackets)
 
-    def look_before(self, *, ask: bool) -> tuple[Look, int]:
+    def look_before(self, *, short: bool) -> tuple[Look, int]:
         """Look before a task, on the event loop: and at what all workers here have moved.
 
-        ``ask`` is whether to ask the heap before it, if that can be afforded.
+        ``short`` is whether tasks of its kind are so short, and take so little, that what surrounds
+        them hardly matters. Then a look of a moment ago will do, with what has moved since counted
+        as foreign, and the heap is not asked.
         """
+        now = perf_counter()
+        if short and self._before is not None and now - self._looked < _MOMENT:
+            self.heap.ready = False
+            return self._before
         self.used = True
         moved = 0
         for member in self.members:
             moved += member.traffic.opening()
-        self.heap.save(worth=ask)
-        return self.tracker.look(), moved
+        self.heap.save(worth=not short)
+        self._looked, self._before = now, (self.tracker.look(), moved)
+        return self._before
 
     def settle(self, bracket: Bracket, before: tuple[Look, int]) -> Window:
         """Return what was measured; see :meth:`Tracker.settle`."""
         look, moved = before
-        bracket.foreign += moved
-        for member in self.members:
-            bracket.foreign_after += member.traffic.closing(quick=bracket.quiet)
+        if not bracket.uneventful:
+            bracket.foreign += moved
+            for member in self.members:
+                bracket.foreign_after += member.traffic.closing(quick=bracket.quiet)
         return self.tracker.settle(bracket, look)
 
     def open(self, thread: int | None, alive: Callable[[], bool]) -> Bracket | None:

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,14 @@ from dask_memusage_exporter.bootstrap import Bootstrap, ByValue
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.measure import threads
 from dask_memusage_exporter.measure.scopes import FLOOR_BYTES
-from dask_memusage_exporter.measure.tracker import Bracket, Look, Window
+from dask_memusage_exporter.measure.tracker import SHORT, Bracket, Look
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.reporter import Reporter
 from dask_memusage_exporter.traffic import Traffic
 
 if TYPE_CHECKING:
     from distributed import Worker
+    from distributed.worker_state_machine import TaskState
 
 logger = logging.getLogger("distributed.worker.memusage")
 
@@ -44,10 +46,8 @@ _RUNNING = frozenset({"executing", "long-running", "cancelled", "resumed"})
 #: released while it runs goes on, as "cancelled".
 _ENDS = {"memory": "finished", "error": "erred", "rescheduled": "rescheduled"}
 
-#: Seconds below which a task that did not grow is not worth the question: asking takes as long.
-_BRIEF = 100e-6
-#: So many prefixes are remembered to be of that kind.
-_MOST_BRIEF = 1_000
+#: So many prefixes are remembered to have short tasks.
+_MOST_SHORT = 1_000
 
 #: Brackets whose transition never came; more than this is a defect of ours, and bounded.
 _MOST_CLOSED = 10_000
@@ -73,8 +73,8 @@ class WorkerAgent:
         self._without_thread: dict[Key, Bracket | None] = {}
         #: What surrounded each task before it started, and what had come from the scheduler.
         self._before: dict[Key, tuple[Look, int]] = {}
-        #: Prefixes whose last task was so short that the heap is not asked before the next.
-        self._brief: set[str] = set()
+        #: Prefixes whose last task was short and took little.
+        self._short: set[str] = set()
         self._seam_fault: str | None = seam.install(worker, self)
         if self._seam_fault is not None:
             self._say_fault()
@@ -273,9 +273,9 @@ class WorkerAgent:
 
     def _begins(self, measuring: process.Process, key: Key) -> None:
         """Look before a task; open a bracket here for what has no thread of its own."""
-        prefix = self.worker.state.tasks[key].prefix
-        self._before[key] = measuring.look_before(ask=prefix not in self._brief)
-        bare = self._seam_fault is not None or not self._has_thread(key)
+        task = self.worker.state.tasks[key]
+        self._before[key] = measuring.look_before(short=task.prefix in self._short)
+        bare = self._seam_fault is not None or not self._has_thread(task)
         self.reporter.begins(key, runs=bare)
         if bare:
             brackets = self._without_thread
@@ -285,8 +285,7 @@ class WorkerAgent:
                 bracket.tag = key
             brackets[key] = bracket
 
-    def _has_thread(self, key: Key) -> bool:
-        task = self.worker.state.tasks[key]
+    def _has_thread(self, task: TaskState) -> bool:
         if getattr(task.run_spec, "is_coro", False):
             return False
         name = (task.annotations or {}).get("executor", "default")
@@ -312,46 +311,45 @@ class WorkerAgent:
                     self._say_fault()
             return
         measuring.spent(bracket)
-        window = measuring.settle(bracket, before)
-        self._learn(key, bracket)
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
-        record = self._record(key, window, status)
-        with measuring.health.guard("send"):
-            self.reporter.report(record)
+        task = self.worker.state.tasks.get(key)
+        record = partial(self._record, measuring, bracket, before, _facts(key, task, status))
+        if bracket.uneventful and not self.reporter.rows:
+            self.reporter.report_later(record)
+        else:
+            made = record()
+            with measuring.health.guard("send"):
+                self.reporter.report(made)
+        if task is not None:
+            self._learn(task.prefix, bracket)
         while len(self._closed) > _MOST_CLOSED:
             lost = next(iter(self._closed))
             del self._closed[lost]
             self._before.pop(lost, None)
             measuring.health.drop("invalid")
 
-    def _learn(self, key: Key, bracket: Bracket) -> None:
-        """Remember whether the heap matters for tasks of this kind."""
-        task = self.worker.state.tasks.get(key)
-        if task is None:
-            return
-        if bracket.seconds >= _BRIEF or bracket.peak - bracket.rss > FLOOR_BYTES:
-            self._brief.discard(task.prefix)
-        elif len(self._brief) < _MOST_BRIEF:
-            self._brief.add(task.prefix)
+    def _learn(self, prefix: str, bracket: Bracket) -> None:
+        """Remember whether what surrounds them matters for tasks of this kind."""
+        if bracket.seconds >= SHORT or bracket.peak - bracket.rss > FLOOR_BYTES:
+            self._short.discard(prefix)
+        elif len(self._short) < _MOST_SHORT:
+            self._short.add(prefix)
 
     def _has_run(self, key: Key, bracket: Bracket) -> bool:
         """Return whether a task got beyond reading its inputs, which may fail."""
         task = self.worker.state.tasks.get(key)
         return task is None or (task.start_time or 0.0) >= bracket.start
 
-    def _record(self, key: Key, window: Window, status: str) -> TaskMemory:
-        task = self.worker.state.tasks.get(key)
-        inputs = task.dependencies if task is not None else ()
-        return TaskMemory(
-            key,
-            task.prefix if task is not None else "",
-            self.worker.address,
-            *window,
-            sum(dependency.nbytes or 0 for dependency in inputs) if inputs else 0,
-            task.nbytes if task is not None and status == "finished" else None,
-            status,
-            task.span_id if task is not None else None,
-        )
+    def _record(
+        self,
+        measuring: process.Process,
+        bracket: Bracket,
+        before: tuple[Look, int],
+        facts: tuple[Any, ...],
+    ) -> TaskMemory:
+        key, prefix, *rest = facts
+        window = measuring.settle(bracket, before)
+        return TaskMemory(key, prefix, self.worker.address, *window, *rest)
 
     def _nbytes(self, key: Key) -> int:
         task = self.worker.state.tasks.get(key)
@@ -363,6 +361,21 @@ class WorkerAgent:
             "(%s). Tasks are measured from their transitions, all as scope shared",
             self._seam_fault,
         )
+
+
+def _facts(key: Key, task: TaskState | None, status: str) -> tuple[Any, ...]:
+    """Return what a record says of a task beside its memory, in the record's order."""
+    if task is None:
+        return key, "", 0, None, status, None
+    inputs = task.dependencies
+    return (
+        key,
+        task.prefix,
+        sum(dependency.nbytes or 0 for dependency in inputs) if inputs else 0,
+        task.nbytes if status == "finished" else None,
+        status,
+        task.span_id,
+    )
 
 
 def _actor_call(thread: int) -> Callable[[], bool]:

@@ -36,6 +36,12 @@ from dask_memusage_exporter.measure.scopes import BRIEF, FLOOR_BYTES, judge
 FAULT_AROUND = 2**21
 
 
+#: In so many seconds no child process comes or goes, and a task is so short that to ask the heap
+#: before it would take as long.
+SHORT = 100e-6
+
+_PROCESSORS = os.cpu_count() or 1
+
 #: So many page faults map less of files than what would be called much.
 FEW_FAULTS = 8
 
@@ -125,6 +131,11 @@ class Bracket:
 
     #: Returns False once what opened the bracket has ended without closing it.
     alive: Callable[[], bool]
+
+    @property
+    def uneventful(self) -> bool:
+        """Whether nothing that surrounded it can matter: no page fault, and no time for much."""
+        return self.quiet and self.seconds < SHORT and self.thread_peak is None
 
 
 class Tracker:
@@ -287,14 +298,17 @@ class Tracker:
         return True
 
     def settle(self, bracket: Bracket, before: Look) -> Window:
-        """Return what a closed bracket has measured, by what surrounded it."""
+        """Return what a closed bracket has measured, by what surrounded it.
+
+        At the end of the window; of an uneventful one at any time later.
+        """
         after = before if bracket.quiet else self.look()
-        self._reaped = Children.reaped()
-        children_changed = (
-            bracket.changes != bracket.changes_after
-            or before.reaped != self._reaped
-            or (bracket.peak - bracket.rss > FLOOR_BYTES and self._children.unseen())
-        )
+        children_changed = bracket.changes != bracket.changes_after
+        if not bracket.uneventful:
+            self._reaped = Children.reaped()
+            children_changed |= before.reaped != self._reaped or (
+                bracket.peak - bracket.rss > FLOOR_BYTES and self._children.unseen()
+            )
         foreign, mapped = self._brought_in(bracket, before, after, children_changed)
         reusable = bracket.reusable
         if reusable is not None:
@@ -508,8 +522,9 @@ def _unexplained(bracket: Bracket, before: Look, after: Look) -> int:
     """
     if len(before.witnesses) != len(after.witnesses):
         return 0  # a clock that was only met in between tells of its whole life
-    time_ns = max(0, after.others - before.others)
-    return bracket.peak - bracket.rss - time_ns * threads.TOUCH_BYTES_PER_NS
+    # The look before a short task may be of a moment earlier.
+    time_ns = min(max(0, after.others - before.others), bracket.seconds * 1e9 * _PROCESSORS)
+    return bracket.peak - bracket.rss - int(time_ns * threads.TOUCH_BYTES_PER_NS)
 
 
 def _rise(before: int | None, after: int | None) -> int | None:
