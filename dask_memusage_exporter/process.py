@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
-from time import perf_counter
+from time import perf_counter, time
 from typing import Protocol
 
 from prometheus_client import Metric
@@ -79,6 +79,8 @@ class Process:
             wanted=settings.wants,
         )
         self.members: list[Member] = []
+        #: When our place on ``/metrics`` was last read, in seconds since the epoch; None: never.
+        self.scraped: float | None = None
         #: The last look before a task, and when that was (seconds, monotonic).
         self._before: tuple[Look, int] | None = None
         self._looked = 0.0
@@ -142,6 +144,7 @@ class Process:
 
     def collect(self) -> Iterable[Metric]:
         """Return the worker's metric families; see ``catalog``."""
+        self.scraped = time()
         for member in self.members:
             member.flush()
         mode = self.settings.worker_metrics

@@ -174,6 +174,11 @@ class WorkerAgent:
         return None if self._process is None else self._process.why
 
     @property
+    def scraped(self) -> float | None:
+        """When ``/metrics`` of this process was last read, in seconds since the epoch."""
+        return None if self._process is None else self._process.scraped
+
+    @property
     def heard(self) -> bool:
         """Whether the scheduler shows everything for the whole cluster."""
         return self.reporter.heard

@@ -11,8 +11,8 @@ import pytest
 from distributed import LocalCluster
 
 from dask_memusage_exporter import install, nanny
-from tests.conftest import run_cli
-from tests.servers import Servers
+from tests.conftest import page, run_cli
+from tests.servers import Servers, free_port
 
 
 def doctor(*arguments: str, code: int = 0, **environment: str) -> Any:
@@ -112,6 +112,23 @@ def test_a_preload_that_is_hidden(servers: Servers) -> None:
     )
     found = doctor("--scheduler", servers.identity()["address"], code=1)
     assert "hides what is configured: name both" in advice(found)
+
+
+def test_workers_that_nobody_scrapes(servers: Servers) -> None:
+    """Three workers want one port: who reads only that one is told of the other two."""
+    servers.scheduler("--preload", "dask_memusage_exporter")
+    port = free_port()
+    servers.worker("--nworkers", "3", "--dashboard-address", f"127.0.0.1:{port}")
+    servers.client.wait_for_workers(3)
+    address = servers.identity()["address"]
+    assert doctor("--scheduler", address)["advice"] == []  # the scheduler's page is enough
+    page(port)
+    found = doctor("--scheduler", address)
+    said = advice(found)
+    assert "/metrics of 2 of 3 workers so far" in said
+    for one, worker in found["cluster"]["workers"].items():
+        assert (worker["scraped"] is not None) == (worker["metrics_port"] == port)
+        assert (f"{one} (port {worker['metrics_port']})" in said) == (worker["scraped"] is None)
 
 
 def test_no_scheduler_there() -> None:

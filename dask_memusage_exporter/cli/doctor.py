@@ -1,7 +1,8 @@
 """`dask memusage doctor`: which source is in use here and on every worker, why, and what is better.
 
-Covers: this machine and its configuration; a running cluster, its scheduler and each worker.
-Does not cover: who scrapes whom; it says where there is something to scrape.
+Covers: this machine and its configuration; a running cluster, its scheduler and each worker, and
+whose ``/metrics`` nobody has read.
+Does not cover: who reads them, and whether often enough.
 """
 
 from __future__ import annotations
@@ -160,6 +161,7 @@ def _of_cluster(cluster: Cluster | None) -> Iterator[Advice]:
         yield Advice(f"The scheduler does not measure its cluster; {mend}.")
     for address, one in cluster.workers.items():
         yield from _of_worker(address, one, measures=cluster.scheduler["measures"])
+    yield from _of_scrapes(cluster)
 
 
 def _of_worker(address: str, one: Mapping[str, Any], *, measures: bool) -> Iterator[Advice]:
@@ -182,6 +184,27 @@ def _of_worker(address: str, one: Mapping[str, Any], *, measures: bool) -> Itera
             f"growth of their own without jemalloc ({obstacle}); {way}.",
             wrong=False,
         )
+
+
+def _of_scrapes(cluster: Cluster) -> Iterator[Advice]:
+    """Name the workers that nobody scrapes where others are; where none is, nobody wants to."""
+    measured = {
+        address: one for address, one in cluster.workers.items() if one["source"] != "missing"
+    }
+    unread = {address: one for address, one in measured.items() if one["scraped"] is None}
+    if not unread or len(unread) == len(measured):
+        return
+    names = ", ".join(
+        f"{address} (port {one['metrics_port'] or UNKNOWN})"
+        for address, one in sorted(unread.items())
+    )
+    yield Advice(
+        f"Nobody has read /metrics of {len(unread)} of {len(measured)} workers so far, and of the "
+        f"others somebody has: {names}. Of several workers on one host only the first gets the "
+        "port of --dashboard-address, the others get any. Read the scheduler's /metrics: it has "
+        "the tasks of all; or start each worker by a command, and with a port, of its own.",
+        wrong=False,
+    )
 
 
 def _text(machine: Machine, cluster: Cluster | None, advice: Sequence[Advice]) -> Iterator[str]:

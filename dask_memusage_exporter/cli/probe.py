@@ -31,6 +31,8 @@ def worker(dask_worker: Any) -> dict[str, Any]:
         "why": getattr(agent, "why", None),
         "environment": {name: os.environ[name] for name in names if os.environ.get(name)},
         "metrics_port": getattr(getattr(dask_worker, "http_server", None), "port", None),
+        # Seconds since the epoch; None: never, or not known (not measured, an older version).
+        "scraped": getattr(agent, "scraped", None),
     }
 
 
