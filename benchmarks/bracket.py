@@ -26,6 +26,7 @@ from benchmarks.harness import (
     rounds,
 )
 from benchmarks.report import Result, Table, Target
+from dask_memusage_exporter import nanny
 
 LIMIT_US = 25
 
@@ -41,12 +42,14 @@ class Shape(NamedTuple):
     threads: int = 1
     #: Held by the process that starts the worker: the floor of ``ru_maxrss`` in the worker.
     parent_mb: int = 0
+    jemalloc: bool = False
 
 
 SHAPES = (
     Shape("just started"),
     Shape("just started, by a process of 300 MB", parent_mb=300),
     Shape("pandas imported", ("pandas", "pyarrow")),
+    Shape("pandas imported, jemalloc", ("pandas", "pyarrow"), jemalloc=True),
     Shape("pandas imported, 4 threads", ("pandas", "pyarrow"), 4),
 )
 
@@ -77,16 +80,16 @@ class TimedLock:
             self.took_ns.setdefault(thread, []).append(now - self._began[thread])
 
 
-class TimedTransition:
-    """A plugin's ``transition`` that adds up how long it takes, in ns."""
+class Timed:
+    """A function that adds up how long it takes, in ns."""
 
-    def __init__(self, transition: Any) -> None:
-        self._transition = transition
+    def __init__(self, function: Any) -> None:
+        self._function = function
         self.took_ns = 0
 
     def __call__(self, *arguments: Any, **options: Any) -> None:
         began = perf_counter_ns()
-        self._transition(*arguments, **options)
+        self._function(*arguments, **options)
         self.took_ns += perf_counter_ns() - began
 
 
@@ -97,7 +100,10 @@ def prepare(dask_worker: Any, modules: list[str]) -> None:
     dask_worker.active_threads_lock = TimedLock(dask_worker.active_threads_lock)
     plugin = dask_worker.plugins.get("memusage")
     if plugin is not None:
-        plugin.transition = TimedTransition(plugin.transition)
+        plugin.transition = Timed(plugin.transition)
+        # Records of short tasks are made many at a time.
+        reporter = dask_worker.extensions["memusage"].reporter
+        reporter.flush = Timed(reporter.flush)
 
 
 def collect(dask_worker: Any) -> dict[str, Any]:
@@ -107,8 +113,11 @@ def collect(dask_worker: Any) -> dict[str, Any]:
     plugin = dask_worker.plugins.get("memusage")
     loop_ns, below = 0, False
     if plugin is not None:
-        loop_ns, plugin.transition.took_ns = plugin.transition.took_ns, 0
-        source = dask_worker.extensions["memusage"]._process.tracker._source
+        agent = dask_worker.extensions["memusage"]
+        for timed in (plugin.transition, agent.reporter.flush):
+            loop_ns += timed.took_ns
+            timed.took_ns = 0
+        source = agent._process.tracker._source
         below = source._now()[0] <= source._floor
     return {"times_ns": times, "loop_ns": loop_ns, "below_floor": below}
 
@@ -155,11 +164,19 @@ def measure_loop(variant: str, times: int) -> float:
 
 
 def measure(
-    variant: str, modules: list[str], threads: int, parent_mb: int, feed: str, tasks: int
+    variant: str,
+    modules: list[str],
+    threads: int,
+    parent_mb: int,
+    jemalloc: bool,
+    feed: str,
+    tasks: int,
 ) -> dict[str, Any]:
     """Run empty tasks on one worker; return a task's bracket in us, and the event loop's share."""
     held = b"x" * (parent_mb * 10**6)
-    config = {"distributed.scheduler.worker-saturation": FEEDS[feed]}
+    config: dict[str, Any] = {"distributed.scheduler.worker-saturation": FEEDS[feed]}
+    if jemalloc:
+        config["distributed.nanny.pre-spawn-environ"] = nanny.environment()
     with bench(variant, threads=threads, config=config) as it:
         del held
         it.client.run(prepare, modules=modules)
@@ -190,12 +207,12 @@ def run(quick: bool) -> Result:
     targets = []
     shapes = SHAPES[:1] if quick else SHAPES
     for shape, feed in itertools.product(shapes, list(FEEDS)[:1] if quick else FEEDS):
-        name, modules, threads, parent_mb = shape
+        name, modules, threads, parent_mb, jemalloc = shape
         found: dict[str, list[dict[str, Any]]] = {NONE: [], OURS: []}
         for _, variant in rounds(count, (NONE, OURS)):
             found[variant].append(
                 isolated(measure, variant=variant, modules=modules, threads=threads,
-                         parent_mb=parent_mb, feed=feed, tasks=tasks)
+                         parent_mb=parent_mb, jemalloc=jemalloc, feed=feed, tasks=tasks)
             )  # fmt: skip
         figures[f"{name}/{feed}"] = found
         for variant, all_ in found.items():
@@ -228,7 +245,7 @@ def run(quick: bool) -> Result:
         "waits 2 ms for each, and what the bracket needs has left the processor's caches. `below "
         "the floor`: RSS is below the least that `ru_maxrss` can be, the peak of the process that "
         "started the worker; then `/proc/self/status` must be read. `event loop`: the mean a task "
-        "of all our transitions there, without rows. In a loop: brackets opened and closed on a "
+        "of all that we do there, without rows. In a loop: brackets opened and closed on a "
         "thread of a worker that does nothing else.",
         [table, in_loop],
         targets,

@@ -130,7 +130,7 @@ def look_at_scheduler(dask_scheduler: Scheduler) -> tuple[int, dict[str, int], d
 def measure(tasks: int, jemalloc: bool) -> dict[str, Any]:
     """Drive the tasks through; return samples of both processes and how many rows came."""
     samples: list[dict[str, Any]] = []
-    config = dict(CONFIG)
+    config: dict[str, Any] = dict(CONFIG)
     if jemalloc:
         config["distributed.nanny.pre-spawn-environ"] = nanny.environment()
     with bench(CSV, config=config) as it:
