@@ -52,7 +52,7 @@ _SLOT_BYTES = 1024
 _KEY_AT = _HEAD.size + _FIELDS.size
 _KEY_BYTES = _SLOT_BYTES - _KEY_AT
 #: States of a slot.
-_FREE, _WAITS, _RUNS = 0, 1, 2
+_FREE, WAITS, RUNS = 0, 1, 2
 #: Tasks that can stand in the file at once; more than these are only counted.
 SLOTS = 256
 
@@ -137,6 +137,9 @@ class FlightFile:
             # Not a hole: writing into one on a full disk would end the process by SIGBUS.
             os.posix_fallocate(self._fd, 0, _HEADER + SLOTS * _SLOT_BYTES)
             self._map = mmap.mmap(self._fd, 0)
+            #: The state of each slot: a task's thread sets :data:`RUNS` when the task's own code
+            #: begins, and :data:`WAITS` when it has ended.
+            self.states = memoryview(self._map)[_HEADER::_SLOT_BYTES]
             self.describe(process)
         except OSError:
             os.close(self._fd)
@@ -174,12 +177,8 @@ class FlightFile:
         at = _HEADER + slot * _SLOT_BYTES
         self._map[at + _KEY_AT : at + _KEY_AT + len(raw)] = raw
         self._owners[slot] = key
-        _WHOLE.pack_into(self._map, at, _WAITS, digest, len(raw), start, 0.0, 0, 0, 1)
+        _WHOLE.pack_into(self._map, at, WAITS, digest, len(raw), start, 0.0, 0, 0, 1)
         return slot
-
-    def runs(self, slot: int, runs: bool) -> None:
-        """Note that the task's own code begins to run, or has ended. On the task's thread."""
-        self._map[_HEADER + slot * _SLOT_BYTES] = _RUNS if runs else _WAITS
 
     def update(
         self,
@@ -204,7 +203,7 @@ class FlightFile:
             self.left_out(self._left_out - 1)
             return
         self._owners[slot] = None
-        self._map[_HEADER + slot * _SLOT_BYTES] = _FREE
+        self.states[slot] = _FREE
         self._free.append(slot)
 
     def count(self, observed: int) -> None:
@@ -226,6 +225,7 @@ class FlightFile:
     def forget(self) -> None:
         """Let go of the file without taking it away: somebody else is to read it."""
         if self._fd >= 0:
+            self.states.release()
             self._map.close()
             os.close(self._fd)
             self._fd = -1
@@ -308,7 +308,7 @@ def _tasks(raw: bytes) -> list[Flying]:
     tasks = []
     for at in range(_HEADER, len(raw), _SLOT_BYTES):
         state, digest, length = _HEAD.unpack_from(raw, at)
-        if state == _RUNS:
+        if state == RUNS:
             start, peak_time, start_bytes, peak_bytes, concurrency = _FIELDS.unpack_from(
                 raw, at + _HEAD.size
             )

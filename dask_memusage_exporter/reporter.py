@@ -173,14 +173,14 @@ class Reporter:
         if self._flight is not None:
             slot = self._flight.begin(key, time.time())
             if slot is not None and runs:
-                self._flight.runs(slot, True)
+                self._flight.states[slot] = flight.RUNS
         self._slots[key] = slot
 
     def runs(self, key: Key, runs: bool) -> None:
         """Note that a task's own code begins to run, or has ended. On the task's thread."""
         slot = self._slots.get(key)
         if slot is not None and self._flight is not None:
-            self._flight.runs(slot, runs)
+            self._flight.states[slot] = flight.RUNS if runs else flight.WAITS
 
     def ends(self, key: Key) -> None:
         """Note that it is over."""

@@ -61,9 +61,7 @@ class ActiveThreads(dict[int, Key]):
         self._after_release[thread] = (self._on_start, key)
 
     def __delitem__(self, thread: int) -> None:
-        key = self[thread]
-        dict.__delitem__(self, thread)
-        self._after_release[thread] = (self._on_stop, key)
+        self._after_release[thread] = (self._on_stop, self.pop(thread))
 
     def __missing__(self, thread: int) -> Key:
         return self._before[thread]

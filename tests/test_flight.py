@@ -23,15 +23,15 @@ process = {"incarnation": "i", "scheduler_id": "S", "worker": "w"}
 file = flight.FlightFile(sys.argv[1], process)
 key = ("x", 1)
 slot = file.begin(key, 100.0)
-file.runs(slot, True)
+file.states[slot] = flight.RUNS
 file.update(slot, key, start=100.0, start_bytes=10, peak_bytes=2**40, concurrency=3)
 gone = file.begin("gone", 1.0)
-file.runs(gone, True)
+file.states[gone] = flight.RUNS
 file.end(gone)
 waits = file.begin("waits for a thread", 1.0)
 done = file.begin("done", 1.0)
-file.runs(done, True)
-file.runs(done, False)
+file.states[done] = flight.RUNS
+file.states[done] = flight.WAITS
 file.count(7)
 exec(sys.argv[2])
 print("i", flush=True)
@@ -142,7 +142,7 @@ def test_any_key_fits(tmp_path: Path, key: object) -> None:
     text = flight.text_of(key)
     slot = file.begin(key, 0.0)
     assert slot is not None
-    file.runs(slot, True)
+    file.states[slot] = flight.RUNS
     file.forget()
     (wreck,) = flight.salvage(str(tmp_path), "S")
     assert wreck.tasks[0].key == text
@@ -158,7 +158,7 @@ def test_an_update_after_the_end_brings_nothing_back(tmp_path: Path) -> None:
     file.end(slot)
     file.update(slot, "x", **late)
     assert file.begin("next", 5.0) == slot
-    file.runs(slot, True)
+    file.states[slot] = flight.RUNS
     file.update(slot, "x", **late)
     file.forget()
     (wreck,) = wait_until(lambda: flight.salvage(str(tmp_path), "S"))
