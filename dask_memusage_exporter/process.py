@@ -28,8 +28,8 @@ from dask_memusage_exporter.traffic import Traffic
 
 logger = logging.getLogger("distributed.worker.memusage")
 
-#: Seconds in which a look at what surrounds the shortest tasks is not repeated.
-_MOMENT = 0.01
+#: Seconds for which a look at what surrounds the shortest tasks holds, if nothing happens.
+_MOMENT = 0.1
 
 
 class Member(Protocol):
@@ -97,8 +97,8 @@ class Process:
         """Look before a task, on the event loop: and at what all workers here have moved.
 
         ``short`` is whether tasks of its kind are so short, and take so little, that what surrounds
-        them hardly matters. Then a look of a moment ago will do, with what has moved since counted
-        as foreign, and the heap is not asked.
+        them hardly matters. Then the heap is not asked, and the last look will do if all windows
+        since have been uneventful: what has moved meanwhile counts as foreign.
         """
         now = perf_counter()
         if short and self._before is not None and now - self._looked < _MOMENT:
@@ -109,13 +109,15 @@ class Process:
         for member in self.members:
             moved += member.traffic.opening()
         self.heap.save(worth=not short)
-        self._looked, self._before = now, (self.tracker.look(), moved)
-        return self._before
+        before = self._before = self.tracker.look(), moved
+        self._looked = now
+        return before
 
     def settle(self, bracket: Bracket, before: tuple[Look, int]) -> Window:
         """Return what was measured; see :meth:`Tracker.settle`."""
         look, moved = before
         if not bracket.uneventful:
+            self._before = None
             bracket.foreign += moved
             for member in self.members:
                 bracket.foreign_after += member.traffic.closing(quick=bracket.quiet)

@@ -315,7 +315,6 @@ class WorkerAgent:
                     self._seam_fault = "a task ended and none has ever been told of"
                     self._say_fault()
             return
-        measuring.spent(bracket)
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
         task = self.worker.state.tasks.get(key)
         record = partial(self._record, measuring, bracket, before, _facts(key, task, status))
@@ -352,6 +351,7 @@ class WorkerAgent:
         before: tuple[Look, int],
         facts: tuple[Any, ...],
     ) -> TaskMemory:
+        measuring.spent(bracket)
         key, prefix, *rest = facts
         window = measuring.settle(bracket, before)
         return TaskMemory(key, prefix, self.worker.address, *window, *rest)
