@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
+from dask_memusage_exporter import install
 from tests.conftest import Measured, Metrics, page, scheduler_port, wait_until, worker_ports
 from tests.servers import Servers, free_port
 
@@ -91,6 +92,23 @@ def test_counts_stay_when_workers_go(measure: Callable[..., Measured]) -> None:
     count(100)
     text = page(scheduler_port(cluster))
     assert "tcp://" not in "".join(line for line in text.splitlines() if "task_memory" in line)
+
+
+def test_short_tasks_without_rows(make_cluster: Callable[..., LocalCluster]) -> None:
+    """Their records are made many at a time: none is missing, also when the worker goes at once."""
+    cluster = make_cluster(n_workers=2)
+    install(cluster)
+    with Client(cluster) as client:
+        client.gather(client.map(inc, range(1050), pure=False, key="inc"))
+        client.gather(client.map(take, [100] * 4, pure=False, key="inc-large"))
+        client.retire_workers(list(cluster.scheduler.workers)[:1])
+        wait_until(lambda: cluster_counts(cluster, "inc") == 1050)
+    metrics = Metrics.read(scheduler_port(cluster))
+    # Where a growth is claimed of an empty task it is none, whatever the large ones took.
+    assert metrics.total(f"{PREFIX}growth_bytes_sum", task_prefix_name="inc") < 2**20
+    assert metrics.total(f"{PREFIX}peak_bytes_sum", task_prefix_name="inc") > 1050 * 2**20
+    for error in ("errors_total", "dropped_records_total"):
+        assert metrics.total(PREFIX + error) == 0
 
 
 def test_the_cap_holds_across_the_cluster(measure: Callable[..., Measured]) -> None:
