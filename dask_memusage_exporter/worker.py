@@ -330,6 +330,7 @@ class WorkerAgent:
             lost = next(iter(self._closed))
             del self._closed[lost]
             self._before.pop(lost, None)
+            self.reporter.ends(lost)
             measuring.health.drop("invalid")
 
     def _learn(self, prefix: str, bracket: Bracket) -> None:

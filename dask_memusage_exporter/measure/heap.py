@@ -18,7 +18,7 @@ import mmap
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dask_memusage_exporter.measure.jemalloc import JemallocHeap
@@ -221,27 +221,37 @@ def _figure(text: bytes, name: bytes) -> int:
     return int(text[at + 1 : text.index(b"\n", at)].replace(b",", b""))
 
 
-def _arrow_pool() -> Any:
-    """Return Arrow's default pool; None where it is not loaded, or is the system's malloc."""
+def _arrow_pools() -> Sequence[Any]:
+    """Return Arrow's pools but that of the system's malloc; none where Arrow is not loaded.
+
+    Whichever is the default: a task may use another, or set its own and set it back.
+    """
     pyarrow = sys.modules.get("pyarrow")
-    if pyarrow is None or not hasattr(pyarrow, "default_memory_pool"):
-        return None
-    pool = pyarrow.default_memory_pool()
-    return None if pool.backend_name == "system" else pool
+    if pyarrow is None or not hasattr(pyarrow, "supported_memory_backends"):
+        return ()
+    return _pools_of(pyarrow)
+
+
+@functools.cache
+def _pools_of(pyarrow: Any) -> Sequence[Any]:
+    return [
+        getattr(pyarrow, f"{name}_memory_pool")()
+        for name in pyarrow.supported_memory_backends()
+        if name != "system"
+    ]
 
 
 def arrow_free() -> int | None:
-    """Return a bound of what Arrow's default pool keeps free; None: it cannot be known.
+    """Return a bound of what Arrow's pools keep free; None: it cannot be known.
 
     A pool on the system's malloc keeps nothing of its own. The others (mimalloc, jemalloc) tell
     what is in use and was at most, and keep more than the difference: 257 MB were resident after
     a peak of 209 MB. pyarrow is never imported for this.
     """
-    pool = _arrow_pool()
-    if pool is None:
-        return 0
-    peak = pool.max_memory()
-    return int(peak) if peak is not None and peak <= ARROW_BYTES else None
+    peaks = [pool.max_memory() for pool in _arrow_pools()]
+    if None in peaks or sum(peaks) > ARROW_BYTES:
+        return None
+    return int(sum(peaks))
 
 
 def _malloc(printed: Printed) -> GlibcHeap | JemallocHeap:
@@ -261,16 +271,13 @@ def _malloc(printed: Printed) -> GlibcHeap | JemallocHeap:
 def outside() -> int | None:
     """Return bytes allocated so far, by anybody, that never passed malloc; None: not known.
 
-    Of Arrow's pool and of allocators that cannot be asked; not of ``mmap`` itself.
+    Of Arrow's pools and of allocators that cannot be asked; not of ``mmap`` itself.
     """
     for name in PRIVATE_ALLOCATORS:
         if name in sys.modules:
             return None
-    pool = _arrow_pool()
-    if pool is None:
-        return 0
     try:
-        return int(pool.total_bytes_allocated())
+        return sum(int(pool.total_bytes_allocated()) for pool in _arrow_pools())
     except AttributeError:  # before Arrow 18
         return None
 

@@ -92,11 +92,34 @@ class _Mallctl:
         if self._call(*arguments):
             raise OSError("jemalloc refuses a mallctl that it had")
 
+    def pointer(self, name: str) -> int:
+        """Return an address."""
+        found = ctypes.c_void_p()
+        self.call(self.arguments(name, found))
+        return found.value or 0
+
     def version(self) -> str:
         """Return jemalloc's version."""
         text = ctypes.c_char_p()
         self.call(self.arguments("version", text))
         return (text.value or b"?").decode(errors="replace").partition("-")[0]
+
+
+class _Counts:
+    """Where jemalloc keeps the calling thread's counts, and where it writes that one's peak.
+
+    Each thread has one: between a call that writes a value and the line that reads it another
+    thread may get its turn, and would write its own in the same place.
+    """
+
+    def __init__(self, mallctl: _Mallctl) -> None:
+        self.peak = _U64()
+        self.read_peak = mallctl.arguments("thread.peak.read", self.peak)
+        # Gone when the thread is.
+        self.allocated, self.freed = (
+            _U64.from_address(mallctl.pointer(f"thread.{name}p"))
+            for name in ("allocated", "deallocated")
+        )
 
 
 class ThreadPeak:
@@ -110,21 +133,15 @@ class ThreadPeak:
     """
 
     def __init__(self) -> None:
-        mallctl = _Mallctl()
+        mallctl = self._mallctl = _Mallctl()
         self._call = mallctl._call
-        self._peak = _U64()
         try:
             self._reset_it = mallctl.arguments("thread.peak.reset")
-            self._read_it = mallctl.arguments("thread.peak.read", self._peak)
+            mallctl.by_name("thread.peak.read")
         except OSError:
             raise OSError(
                 f"jemalloc {mallctl.version()} has no thread.peak; take 5.3 or newer"
             ) from None
-        self._pointer = ctypes.c_void_p()
-        self._where = [
-            mallctl.arguments(f"thread.{name}p", self._pointer)
-            for name in ("allocated", "deallocated")
-        ]
         self._own = threading.local()
         self._self_test(mallctl)
         self.version = mallctl.version()
@@ -132,10 +149,10 @@ class ThreadPeak:
     def start(self) -> int:
         """Begin a new window on the calling thread; return what it holds now, see :meth:`stop`."""
         try:
-            allocated, freed = self._own.counts
+            own = self._own.counts
         except AttributeError:
-            allocated, freed = self._own.counts = self._find()
-        held = allocated.value - freed.value
+            own = self._own.counts = _Counts(self._mallctl)
+        held = own.allocated.value - own.freed.value
         self._call(*self._reset_it)
         return int(held)
 
@@ -145,17 +162,9 @@ class ThreadPeak:
         What it holds is all that it has ever allocated less all that it has ever freed: it falls,
         below 0 even, where a thread frees what others have allocated.
         """
-        self._call(*self._read_it)
-        allocated, freed = self._own.counts
-        return self._peak.value, int(allocated.value - freed.value)
-
-    def _find(self) -> tuple[Any, Any]:
-        """Return where jemalloc keeps the calling thread's counts. Gone when the thread is."""
-        counts = []
-        for where in self._where:
-            self._call(*where)
-            counts.append(_U64.from_address(self._pointer.value or 0))
-        return counts[0], counts[1]
+        own = self._own.counts
+        self._call(*own.read_peak)
+        return own.peak.value, int(own.allocated.value - own.freed.value)
 
     def _self_test(self, mallctl: _Mallctl) -> None:
         malloc, free = mallctl.process.malloc, mallctl.process.free

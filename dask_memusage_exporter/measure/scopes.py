@@ -85,7 +85,7 @@ def judge(
         ``reason`` is None then.
     """
     growth = max(0, peak_bytes - start_bytes)
-    limit = max(FLOOR_BYTES, int(max(growth, thread_bytes or 0) * SHARE))
+    limit = _limit(max(growth, thread_bytes or 0))
     reason = None
     if overlapped:
         reason = "overlap"
@@ -101,11 +101,13 @@ def judge(
     elif not exact or children_changed:
         reason = "polling"
     if thread_bytes is not None and own_thread:
+        # Where the process's growth may be others' it is no measure for the thread's count.
+        small = limit if reason is None else _limit(thread_bytes)
         # More than the whole process had: most of it was never touched.
         impossible = thread_bytes > peak_bytes * (1 + ROUNDING) + FLOOR_BYTES
-        if impossible or freed_bytes > limit:
+        if impossible or freed_bytes > small:
             reason = reason or "contradiction"
-        elif not children_changed and outside_bytes is not None and outside_bytes <= limit:
+        elif not children_changed and outside_bytes is not None and outside_bytes <= small:
             # Alone, the process's figure has the task's helper threads too: what they took shows
             # in full where the heap could hide none of it.
             helped = growth - mapped_bytes > thread_bytes + limit
@@ -116,3 +118,8 @@ def judge(
     if reason is None:
         return growth, "process", None
     return None, "shared", reason
+
+
+def _limit(growth: int) -> int:
+    """Return how many bytes do no harm to a growth."""
+    return max(FLOOR_BYTES, int(growth * SHARE))
