@@ -310,15 +310,18 @@ class SchedulerAgent:
                 for sink in self.sinks:
                     sink.write(record)
                 if record.reason == "overlap" and not self._said_overlap:
-                    self._say_overlap()
+                    self._say_overlap(worker)
             if not self._flush_waits:
                 # A record comes before the message that its task has finished, on the same
                 # stream, and clients are told by a later round of the loop than the next one.
                 self._flush_waits = True
                 self.scheduler.loop.add_callback(self._flush)
 
-    def _say_overlap(self) -> None:
+    def _say_overlap(self, worker: str) -> None:
         """Warn once who reads the old tool's columns as sizes of tasks."""
+        state = self.scheduler.workers.get(worker)
+        if state is not None and (state.metrics.get(EXTENSION) or {}).get("source") == "jemalloc":
+            return  # few have no growth there, and what would be said is done
         if any(isinstance(sink, CsvFile) for sink in self.sinks):
             self._said_overlap = True
             logger.warning(

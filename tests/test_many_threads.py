@@ -20,7 +20,15 @@ import dask_memusage_exporter
 from dask_memusage_exporter import MemusageNannyPlugin, nanny
 from dask_memusage_exporter.records import TaskMemory
 from tests import tasks
-from tests.conftest import Measured, Metrics, measured, scheduler_port, wait_until, worker_ports
+from tests.conftest import (
+    Measured,
+    Metrics,
+    measured,
+    rows,
+    scheduler_port,
+    wait_until,
+    worker_ports,
+)
 from tests.tasks import Gate
 
 MIB = 2**20
@@ -365,6 +373,23 @@ def test_children_are_not_the_threads(many: Measured) -> None:
     many.client.submit(tasks.child_holds, 100, 0.3, key="child-1").result()
     one = record(many, "child-1")
     assert (one.scope, one.growth_bytes) == ("shared", None), one
+
+
+def test_overlap_is_not_said_on_jemalloc(
+    jemalloc: str, tmp_path: Path, go: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The few rows that still overlap say so themselves; what would be advised is done."""
+    path = tmp_path / "memusage.csv"
+    with on_jemalloc(
+        {"memusage.csv.path": str(path), "memusage.csv.columns": "full"}, threads_per_worker=2
+    ) as cluster:
+        beside = cluster.client.submit(tasks.busy_until, go.path, key="busy-1")
+        reached(go)
+        cluster.client.submit(tasks.child_holds, 10, 0.1, key="child-1").result()
+        go.open()
+        beside.result()
+    assert {row["reason"] for row in rows(path)} & {"overlap"}
+    assert not [line for line in caplog.messages if "tasks overlap in a worker" in line]
 
 
 # -- turning it on -----------------------------------------------------------------------
