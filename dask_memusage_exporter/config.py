@@ -44,9 +44,9 @@ class ConfigError(ValueError):
 class Settings:
     """The checked settings, one field a key of ``memusage.yaml``.
 
-    ``maximum_window`` is in seconds, ``buckets`` in bytes without the closing infinity,
-    ``trim`` a share of time from 0 (off) to 0.5, ``jemalloc`` a library's path or whether to look
-    for one.
+    ``maximum_window`` and ``shutdown_timeout`` are in seconds, ``buckets`` in bytes without the
+    closing infinity, ``trim`` a share of time from 0 (off) to 0.5, ``jemalloc`` a library's path or
+    whether to look for one.
     """
 
     csv_path: str | None
@@ -62,6 +62,7 @@ class Settings:
     maximum_window: float
     buckets: tuple[int, ...]
     worker_metrics: str
+    shutdown_timeout: float
 
     @classmethod
     def load(cls, base: Mapping[str, Any] | None = None) -> Settings:
@@ -205,17 +206,20 @@ def _prefixes(key: str, value: object) -> int:
     return value
 
 
-def _seconds(key: str, value: object) -> float:
-    wrong = ConfigError(f"{key}: {value!r} is not a time span from 10s to 1 day, such as '10m'")
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise wrong
-    try:
-        seconds = float(parse_timedelta(value))
-    except (ValueError, LookupError, OverflowError):
-        raise wrong from None
-    if not 10 <= seconds <= 86_400:
-        raise wrong
-    return seconds
+def _seconds(least: float, most: float, words: str) -> Callable[[str, object], float]:
+    def check(key: str, value: object) -> float:
+        wrong = ConfigError(f"{key}: {value!r} is not a time span {words}")
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise wrong
+        try:
+            seconds = float(parse_timedelta(value))
+        except (ValueError, LookupError, OverflowError):
+            raise wrong from None
+        if not least <= seconds <= most:
+            raise wrong
+        return seconds
+
+    return check
 
 
 def _buckets(key: str, value: object) -> tuple[int, ...]:
@@ -252,7 +256,8 @@ _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "prefixes.allow": _patterns,
     "prefixes.deny": lambda key, value: _patterns(key, value) or (),
     "max-prefixes": _prefixes,
-    "maximum-window": _seconds,
+    "maximum-window": _seconds(10, 86_400, "from 10s to 1 day, such as '10m'"),
     "buckets": _buckets,
     "worker-metrics": _one_of("auto", "full", "totals", "off"),
+    "shutdown-timeout": _seconds(0, 60, "from 0s to 60s, such as '1.5s'"),
 }
