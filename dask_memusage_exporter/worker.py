@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask.typing import Key
 
-from dask_memusage_exporter import process, seam
+from dask_memusage_exporter import process, providers, seam
 from dask_memusage_exporter.bootstrap import Bootstrap, ByValue
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.measure import threads
@@ -131,6 +131,9 @@ class WorkerAgent:
     async def close(self) -> None:
         """Let everything go; ``Worker.close`` calls this on all extensions."""
         self.deactivate()
+        self.reporter.flush()
+        # Before the goodbye, which tells the scheduler what was lost in it.
+        await process.send_last(self)
         await self.reporter.goodbye()
         process.leave(self)
 
@@ -138,6 +141,8 @@ class WorkerAgent:
         from dask_memusage_exporter import __version__
 
         measuring = self._process
+        if measuring is not None:
+            measuring.telemetry.refresh()
         on_threads = [opened[0] for opened in list(self._by_thread.values())]
         return {
             "source": measuring.source_name if measuring is not None else "missing",
@@ -163,6 +168,13 @@ class WorkerAgent:
         if self._owned:
             self._process = measuring
             self._watch_offload()
+
+    def identity(self) -> dict[str, str]:
+        """Return what identifies the worker: attributes of OpenTelemetry's."""
+        address = getattr(self.worker, "_address", None) or ""
+        if address.startswith("inproc:"):
+            return providers.identity("worker")  # one of several in its process, for all we know
+        return providers.identity("worker", name=str(self.worker.name), address=address)
 
     def memory_limit(self) -> int | None:
         """Return the worker's memory limit in bytes, or None."""

@@ -424,3 +424,32 @@ def sized(kind: str, total: int) -> int:
 def secede_only(*_: Any) -> None:
     """Leave the pool: another thread takes the place of this one, which ends."""
     secede()
+
+
+def opentelemetry_modules() -> list[str]:
+    """Return what is loaded of OpenTelemetry."""
+    return sorted(name for name in sys.modules if name.startswith("opentelemetry"))
+
+
+def set_own_providers(endpoint: str) -> None:
+    """What an application does that exports itself."""
+    from opentelemetry import metrics
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+    from opentelemetry.sdk.resources import Resource
+
+    exporter = OTLPMetricExporter(endpoint=f"{endpoint}/v1/metrics")
+    reader = PeriodicExportingMetricReader(exporter, export_interval_millis=300)
+    about = {"service.name": "application", "service.instance.id": str(os.getpid())}
+    resource = Resource.create(about)
+    metrics.set_meter_provider(MeterProvider([reader], resource=resource))
+
+
+def add_own(dask_worker: Any) -> bool:
+    """Use the application's provider once more; return whether it still takes anything."""
+    from opentelemetry import metrics
+
+    provider = metrics.get_meter_provider()
+    provider.get_meter("application").create_counter("own").add(1)
+    return not provider._shutdown
