@@ -101,7 +101,7 @@ class Process:
         if self.heap.unknown is not None:
             logger.info("dask-memusage: the heap cannot be asked (%s)", self.heap.unknown)
         prometheus.add(self)
-        self.telemetry = Telemetry(self, identity, settings.buckets)
+        self.telemetry = Telemetry(self, identity, settings)
 
     def _note(self, open_brackets: Iterable[Bracket]) -> None:
         for member in self.members:

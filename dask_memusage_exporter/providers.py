@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -90,14 +90,18 @@ class Outlet:
         # A forked child inherits the pipeline, and the SDK starts its threads there anew.
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        #: What has been handed over and is neither sent nor lost.
-        self.unsettled = 0
+        #: What has been handed over and waits, and what is being sent.
+        self._waiting = self._flying = 0
         self._closed = False
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Export, in the exporter's place."""
         if self._closed or os.getpid() != self._pid:
             return None
+        count = 0 if self._reason is None else len(batch)
+        with self._lock:
+            self._waiting -= count
+            self._flying += count
         error: Exception | None = None
         result = None
         try:
@@ -106,15 +110,14 @@ class Outlet:
             error = raised
         if error is None and getattr(result, "name", "SUCCESS") != "SUCCESS":
             error = ConnectionError("not taken by the receiver, see the SDK's own log")
-        self._settle(batch, error)
+        self._settle(count, error)
         return result
 
-    def _settle(self, batch: Any, error: Exception | None) -> None:
+    def _settle(self, count: int, error: Exception | None) -> None:
         with self._lock:
             if self._closed:
                 return  # all of it has been counted as lost
-            count = 0 if self._reason is None else len(batch)
-            self.unsettled -= count
+            self._flying -= count
         if error is not None:
             self._lose(count)
             self._health.error("export", error)
@@ -123,8 +126,8 @@ class Outlet:
         """Note that one more is handed over to a queue of this size."""
         with self._lock:
             # The queue makes room by dropping its oldest, without a word.
-            lost = self._closed or self.unsettled >= most
-            self.unsettled += not lost
+            lost = self._closed or self._waiting >= most
+            self._waiting += not lost
         if lost:
             self._lose(1)
 
@@ -132,7 +135,7 @@ class Outlet:
         """Send nothing from now on; what has not been sent is lost."""
         with self._lock:
             self._closed = True
-            lost, self.unsettled = self.unsettled, 0
+            lost, self._waiting, self._flying = self._waiting + self._flying, 0, 0
         self._lose(lost)
 
     def _lose(self, count: int) -> None:
@@ -157,19 +160,24 @@ class Pipeline:
         self._closing = False
         self._ended = threading.Event()
 
-    def close(self) -> threading.Event:
+    def close(self, first: Callable[[], None] = lambda: None) -> threading.Event:
         """Begin to send what is left and to end; return what is set once that is done.
+
+        ``first`` is called before, on that thread.
 
         On a thread of its own: the SDK waits here for as long as its exporter retries, whatever
         timeout it is given. An application's provider is left as it is.
         """
         if not self._closing:
             self._closing = True
-            threading.Thread(target=self._end, name="memusage-otel-close", daemon=True).start()
+            threading.Thread(
+                target=self._end, args=(first,), name="memusage-otel-close", daemon=True
+            ).start()
         return self._ended
 
-    def _end(self) -> None:
+    def _end(self, first: Callable[[], None]) -> None:
         try:
+            first()
             end = "force_flush" if self.guest else "shutdown"
             getattr(self.provider, end, lambda: None)()
         except Exception as error:

@@ -92,7 +92,7 @@ class SchedulerAgent:
             http.add_routes(self.scheduler)
         prometheus.add(self)
         identity = providers.identity("scheduler", id=self.scheduler.id)
-        self._telemetry = Telemetry(self, identity, self._settings.buckets)
+        self._telemetry = Telemetry(self, identity, self._settings)
         logger.info("dask-memusage %s: measuring this scheduler's cluster", __version__)
 
     def add_csv(self, path: str | os.PathLike[str], columns: str) -> None:

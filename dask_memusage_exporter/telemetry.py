@@ -9,13 +9,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dask_memusage_exporter import providers
+from dask_memusage_exporter.config import Settings
 
 if TYPE_CHECKING:
     from dask_memusage_exporter.exporters.otlp import Instruments, Source
+    from dask_memusage_exporter.spans import Spans
+
+_NO_TRACES = (
+    "memusage.spans.enabled is true, and there is nothing to send spans to; set "
+    "OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_EXPORTER or a TracerProvider of your own"
+)
 
 
 class Signal:
@@ -34,14 +41,17 @@ class Signal:
         #: What is in use; None: nobody wants this signal.
         self.pipeline: providers.Pipeline | None = None
 
-    def refresh(self) -> bool:
-        """Look whose provider there is; return whether it is another than before. Cheap."""
+    def refresh(self, end: Callable[[], None] = lambda: None) -> bool:
+        """Look whose provider there is; return whether it is another than before. Cheap.
+
+        ``end`` is called, elsewhere, before one that is no longer used ends.
+        """
         before = self.pipeline
         theirs = providers.application(self._name)
         if theirs is not None:
             if before is None or theirs is not before.provider:
                 if before is not None:  # they came after us
-                    before.close()
+                    before.close(end)
                     self._left.append(before)
                 self.pipeline = providers.Pipeline(theirs, self._source.health)
         elif not self._tried:
@@ -49,10 +59,15 @@ class Signal:
             self.pipeline = providers.build(self._name, self._source.health, self._identity)
         return self.pipeline is not before
 
-    def close(self) -> list[tuple[threading.Event, providers.Pipeline]]:
-        """Begin to send what is left; return what is set at the end of each pipeline."""
-        used = self._left if self.pipeline is None else [*self._left, self.pipeline]
-        return [(pipeline.close(), pipeline) for pipeline in used]
+    def close(
+        self, end: Callable[[], None] = lambda: None
+    ) -> list[tuple[threading.Event, providers.Pipeline]]:
+        """Begin to send what is left; return what is set at the end of each pipeline.
+
+        ``end`` is called, elsewhere, before the one in use ends.
+        """
+        used = [] if self.pipeline is None else [(self.pipeline.close(end), self.pipeline)]
+        return [*((pipeline.close(), pipeline) for pipeline in self._left), *used]
 
 
 class Telemetry:
@@ -60,21 +75,26 @@ class Telemetry:
 
     Parameters
     ----------
+    source
+        Whose metrics these are; a worker's process has spans too.
     identity
         Attributes of a resource of ours, see :func:`providers.identity`.
-    buckets
-        Upper bounds of histograms in bytes.
     """
 
-    def __init__(
-        self, source: Source, identity: Mapping[str, str], buckets: Sequence[float]
-    ) -> None:
-        self._source, self._buckets = source, buckets
+    def __init__(self, source: Source, identity: Mapping[str, str], settings: Settings) -> None:
+        self._source, self._settings = source, settings
         self._metrics = Signal("metrics", source, identity)
+        self._traces: Signal | None = None
+        if source.server == "worker" and settings.spans_enabled is not False:
+            self._traces = Signal("traces", source, identity)
         #: Where records are to be recorded; None: nobody wants metrics.
         self.instruments: Instruments | None = None
+        #: Where tasks get their spans; None: nobody wants any.
+        self.spans: Spans | None = None
         self._closed = False
         self.refresh()
+        if settings.spans_enabled is True and self._traces is not None and self.spans is None:
+            source.health.error("export", providers.ProviderError(_NO_TRACES))
 
     def refresh(self) -> None:
         """Follow an application that has set providers of its own since. Cheap, never raises."""
@@ -85,14 +105,36 @@ class Telemetry:
                 self._bind_metrics()
         except Exception as error:
             self._source.health.error("export", error)
+        try:
+            if self._traces is not None and self._traces.refresh(self._end_spans()):
+                self._bind_spans(self._traces.pipeline)
+        except Exception as error:
+            self._source.health.error("export", error)
 
     def _bind_metrics(self) -> None:
         from dask_memusage_exporter.exporters import otlp  # imports OpenTelemetry's API
 
         self._unbind()
         if self._metrics.pipeline is not None:
-            self.instruments = otlp.instruments(self._metrics.pipeline.provider, self._buckets)
+            buckets = self._settings.buckets
+            self.instruments = otlp.instruments(self._metrics.pipeline.provider, buckets)
             self.instruments.sources.append(self._source)
+
+    def _bind_spans(self, pipeline: providers.Pipeline | None) -> None:
+        from dask_memusage_exporter.spans import Spans
+
+        self.spans = None
+        if pipeline is not None:
+            self.spans = Spans(
+                pipeline.provider,
+                guest=pipeline.guest,
+                settings=self._settings,
+                aggregate=self._source.aggregate,
+                health=self._source.health,
+            )
+
+    def _end_spans(self) -> Callable[[], None]:
+        return (lambda: None) if self.spans is None else self.spans.close
 
     def _unbind(self) -> None:
         if self.instruments is not None and self._source in self.instruments.sources:
@@ -103,7 +145,8 @@ class Telemetry:
         if self._closed:
             return []
         self._closed = True
-        return self._metrics.close()
+        traces = [] if self._traces is None else self._traces.close(self._end_spans())
+        return [*self._metrics.close(), *traces]
 
     async def end(self, timeout: float) -> None:
         """Send what is left and end, within so many seconds, whatever receivers do."""
@@ -111,6 +154,8 @@ class Telemetry:
         ending = self.close()
         while time.monotonic() < until and not all(event.is_set() for event, _ in ending):
             await asyncio.sleep(0.01)
+        if self.spans is not None:
+            self.spans.give_up()
         for _, pipeline in ending:
             pipeline.give_up()
         self._unbind()

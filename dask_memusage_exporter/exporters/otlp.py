@@ -47,6 +47,7 @@ class Source(Protocol):
     #: ``worker`` or ``scheduler``.
     server: str
     health: Health
+    aggregate: Aggregate
 
     def observe(self, name: str) -> Values:
         """Return a metric's values as they stand now. From any thread."""
