@@ -296,6 +296,15 @@ class Aggregate:
                 for label, prefix in self._prefixes.items()
             ]
 
+    def tasks(self) -> list[tuple[str, str, int]]:
+        """Return label, scope and number of tasks; all scopes of a label that is known."""
+        with self._lock:
+            return [
+                (label, scope, count)
+                for label, prefix in self._prefixes.items()
+                for scope, count in prefix.tally.tasks.items()
+            ]
+
     def _prefix(self, label: str) -> _Prefix:
         prefix = self._prefixes.get(label)
         if prefix is not None:

@@ -514,6 +514,8 @@ def set_own_logger() -> None:
             record = log_record.log_record
             LOGGED.append((record.event_name, dict(record.attributes), record.span_id))
 
+        emit = on_emit  # its name in older SDKs
+
         def shutdown(self) -> None:
             pass
 

@@ -61,7 +61,8 @@ def test_counts_and_sums_are_the_records(sent: tuple[Measured, Received]) -> Non
     run(cluster, "large", [50] * 6)
     run(cluster, "short", [0] * 300)
     for prefix, count in (("large", 6), ("short", 300)):
-        wait_until(lambda p=prefix, n=count: received.total(PEAK, p) == n, what=prefix)
+        for name in (PEAK, TASKS):
+            wait_until(lambda p=prefix, n=count, m=name: received.total(m, p) == n, what=prefix)
         records = cluster.records.of(prefix)
         assert len(records) == count
         peaks = received.latest(PEAK, **{"dask.task.prefix.name": prefix})
@@ -131,7 +132,7 @@ def test_a_worker_sends_its_last_figures() -> None:
         assert not last.points()
         wait_until(lambda: not late.cluster.scheduler.tasks, what="results to be let go")
         late.client.retire_workers(list(late.cluster.scheduler.workers))
-        wait_until(lambda: last.total(PEAK, "last") == 50)
+        wait_until(lambda: last.total(PEAK, "last") == last.total(TASKS, "last") == 50)
 
 
 @pytest.mark.ends

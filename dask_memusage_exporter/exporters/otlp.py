@@ -19,7 +19,6 @@ from opentelemetry.metrics import Meter, MeterProvider, Observation
 from dask_memusage_exporter import __version__, catalog
 from dask_memusage_exporter.aggregate import Aggregate
 from dask_memusage_exporter.health import Health
-from dask_memusage_exporter.measure.scopes import SCOPES
 from dask_memusage_exporter.records import TaskMemory
 
 if TYPE_CHECKING:
@@ -30,13 +29,12 @@ SCOPE_NAME = "dask_memusage_exporter"
 #: Values of a metric's labels, in the catalog's order, and the number that belongs to them.
 Values = Iterable[tuple[tuple[str, ...], float | None]]
 
-#: Recorded task by task; all others are observed.
+#: Recorded task by task, which is what costs; all others are observed.
 _RECORDED = frozenset(
     {
         "task_memory_peak_bytes",
         "task_memory_growth_bytes",
         "task_memory_input_bytes",
-        "task_memory_tasks",
     }
 )
 
@@ -59,7 +57,7 @@ class Instruments:
     def __init__(self, provider: MeterProvider, buckets: Sequence[float]) -> None:
         #: Whose states are observed. Instruments cannot be taken back, so sources come and go.
         self.sources: list[Source] = []
-        self._attributes: dict[str, tuple[dict[str, str], dict[str, dict[str, str]]]] = {}
+        self._attributes: dict[str, dict[str, str]] = {}
         meter = provider.get_meter(SCOPE_NAME, __version__)
         made = {
             spec.name: self._make(meter, spec, spec.otel, buckets)
@@ -69,7 +67,6 @@ class Instruments:
         self._peak = made["task_memory_peak_bytes"]
         self._growth = made["task_memory_growth_bytes"]
         self._input = made["task_memory_input_bytes"]
-        self._tasks = made["task_memory_tasks"]
 
     def _make(
         self,
@@ -79,12 +76,10 @@ class Instruments:
         buckets: Sequence[float],
     ) -> Any:
         name, about = otel.name, {"unit": otel.unit, "description": spec.help}
-        if spec.kind == "histogram":
+        if spec.name in _RECORDED:
             return meter.create_histogram(
                 name, explicit_bucket_boundaries_advisory=list(buckets), **about
             )
-        if spec.name in _RECORDED:
-            return meter.create_counter(name, **about)
         callbacks = [lambda _: self._observed(spec, otel.on)]
         if spec.kind == "counter":
             return meter.create_observable_counter(name, callbacks=callbacks, **about)
@@ -92,22 +87,14 @@ class Instruments:
 
     def record(self, record: TaskMemory, label: str) -> None:
         """Record one execution under a label that has passed our cap on prefixes."""
-        known = self._attributes.get(label)
-        by_prefix, by_scope = self._learn(label) if known is None else known
-        self._peak.record(record.peak_bytes, by_prefix)
+        attributes = self._attributes.get(label)
+        if attributes is None:
+            attributes = self._attributes[label] = {catalog.ATTRIBUTES["task_prefix_name"]: label}
+        self._peak.record(record.peak_bytes, attributes)
         if record.growth_bytes is not None:
-            self._growth.record(record.growth_bytes, by_prefix)
+            self._growth.record(record.growth_bytes, attributes)
         if record.input_bytes is not None:
-            self._input.record(record.input_bytes, by_prefix)
-        self._tasks.add(1, by_scope[record.scope])
-
-    def _learn(self, label: str) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-        prefix = {catalog.ATTRIBUTES["task_prefix_name"]: label}
-        scopes = {scope: {**prefix, catalog.ATTRIBUTES["scope"]: scope} for scope in SCOPES}
-        for attributes in scopes.values():
-            self._tasks.add(0, attributes)  # a series that first appears at 1 has no increase
-        self._attributes[label] = prefix, scopes
-        return prefix, scopes
+            self._input.record(record.input_bytes, attributes)
 
     def _observed(self, spec: catalog.MetricSpec, on: tuple[str, ...]) -> Iterator[Observation]:
         """Return what all sources have of a metric, on a reader's thread."""
@@ -154,6 +141,8 @@ def worker_values(
         return [((label,), peak) for label, peak, _ in aggregate.maxima()]
     if name == "task_memory_growth_maximum_bytes":
         return [((label,), growth) for label, _, growth in aggregate.maxima()]
+    if name == "task_memory_tasks":
+        return [((label, scope), count) for label, scope, count in aggregate.tasks()]
     if name == "task_memory_prefixes":
         return [((), aggregate.own_labels)]
     if name == "task_memory_overflow_tasks":
