@@ -11,9 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 import dask
-from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
-    BaseInstrumentor,
-)
+from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
 
 from dask_memusage_exporter import submission
 

@@ -164,6 +164,7 @@ class SchedulerAgent:
 
         Never raises. A batch whose health is wrong still has its counts.
         """
+        self._telemetry.refresh()
         with self.health.guard("aggregate"):
             try:
                 tallies = self._checked(

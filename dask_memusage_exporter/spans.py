@@ -245,6 +245,8 @@ class Spans:
             while True:
                 if self._waiting.get_nowait() is not None:
                     self.health.drop("span_export")
+        with suppress(queue.Full):
+            self._waiting.put_nowait(None)  # for the thread, if it ever comes back
 
     def _end_all(self) -> None:
         while (waiting := self._waiting.get()) is not None:

@@ -256,7 +256,10 @@ class WorkerAgent:
         try:
             if left is not None and left[0].span is not None:
                 spans.clear()
-                left[0].span.finish_call(self.worker.address, left[0].start, time())
+                if left[2]:
+                    left[0].span.drop()
+                else:
+                    left[0].span.finish_call(self.worker.address, left[0].start, time())
             span = self._start_span(spans, key, is_task)
             if span is not None:
                 spans.enter(span)

@@ -81,8 +81,11 @@ def test_counts_and_sums_are_the_records(sent: tuple[Measured, Received]) -> Non
 def test_names_units_and_attributes_are_the_catalogs(sent: tuple[Measured, Received]) -> None:
     """Neither more nor less, from workers and scheduler each what it knows itself."""
     cluster, received = sent
-    run(cluster, "named", [50])
-    wait_until(lambda: received.total(PEAK, "named") == 1)
+    runs = 0
+    while not [one for one in cluster.records if one.growth_bytes is not None]:
+        runs += 1  # a growth is not always known
+        assert runs < 20
+        cluster.client.submit(tasks.array, 200, key=f"named-{runs}").result()
     kills = {name for name in NAMES if "killed_last" in name}  # no worker has died here
     wait_until(lambda: {point.name for point in received.points()} == NAMES.keys() - kills)
     for point in received.latest():
@@ -176,3 +179,16 @@ def test_forked_children_send_nothing(sent: tuple[Measured, Received]) -> None:
     assert len(times) == len(set(times))
     for one in received.points(PEAK, **{"dask.task.prefix.name": "forks"}):
         assert one.value == 1
+
+
+def test_a_receiver_that_comes_back_has_everything(sent: tuple[Measured, Received]) -> None:
+    """What it refused meanwhile is in the next export, and the errors are counted."""
+    cluster, received = sent
+    received.status = 400
+    run(cluster, "refused", [0] * 20)
+    arrived = received.arrived
+    wait_until(lambda: received.arrived > arrived + 3)
+    received.status = 200
+    wait_until(lambda: received.total(PEAK, "refused") == 20)
+    stage = {"dask.memusage.stage": "export"}
+    wait_until(lambda: received.total("dask.memusage.errors", **stage) >= 1)

@@ -127,6 +127,15 @@ def test_wrong_variables_stop_no_task(set_variables: Any) -> None:
         assert len(said) == 1, log
 
 
+def test_spans_that_are_wanted_and_cannot_be_are_said() -> None:
+    """Where they are switched on and nobody takes them; and nothing is imported for it."""
+    with measured({"memusage.spans.enabled": True}) as cluster:
+        cluster.client.submit(tasks.array, 1, key="wanted-1").result()
+        (log,) = cluster.client.get_worker_logs().values()
+        assert len([line for _, line in log if "there is nothing to send spans to" in line]) == 1
+        assert list(cluster.client.run(tasks.opentelemetry_modules).values()) == [[]]
+
+
 # -- identity --------------------------------------------------------------------------------------
 
 

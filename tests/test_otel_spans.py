@@ -115,6 +115,9 @@ def test_retries_and_failures(sent: tuple[Measured, Received], go: Gate) -> None
     path = go.path + ".count"
     cluster.client.submit(tasks.fail_twice, path, 1, key="retried-1", retries=2).result()
     one_span(received, "retried", 3)
+    client = cluster.client
+    assert client.submit(tasks.coroutine, 1, error=True, key="awaited-1").exception() is not None
+    assert one_span(received, "awaited").attributes["error.type"] == "ValueError"
     failed = [s for s in received.spans("retried") if s.data.status.code == ERROR]
     assert len(failed) == 2
     for one in failed:
@@ -255,6 +258,32 @@ def test_instrumented_libraries_nest_under_the_task(received: Received) -> None:
             assert span_id == int.from_bytes(failed.data.span_id, "big")
 
 
+def test_an_application_that_comes_later_is_followed(
+    received: Received, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each task has one span, by ours before and by the application's after."""
+    with spanned() as (cluster, ours):
+        client = cluster.client
+        client.submit(tasks.nothing, key="early-1").result()
+        client.run(tasks.set_own_tracer, received.endpoint)
+        count = 0
+
+        def followed() -> bool:
+            nonlocal count
+            count += 1
+            client.submit(tasks.nothing, key=f"late-{count}").result()
+            return bool(received.spans("late"))
+
+        wait_until(followed)
+        client.submit(tasks.nothing, key="then-1").result()
+        one_span(received, "then")
+        one_span(ours, "early")
+        wait_until(lambda: len(received.spans("late")) + len(ours.spans("late")) == count)
+        assert not ours.spans("then")
+    said = capfd.readouterr()
+    assert "verriding" not in said.out + said.err
+
+
 def test_a_slow_processor_holds_nobody_up(received: Received) -> None:
     """It sleeps a second at each end; a task and the event loop know nothing of it."""
     with guest(received, delay=1.0) as cluster:
@@ -348,10 +377,11 @@ def close_soon(dask_worker: Any) -> None:
     dask_worker.loop.add_callback(dask_worker.close, nanny=True)
 
 
-def test_a_forked_child_sends_no_span(sent: tuple[Measured, Received]) -> None:
-    """One that lives for several intervals, and one that goes on as the task itself would."""
+def test_a_forked_child_sends_no_span() -> None:
+    """One that lives for several intervals: it sends nothing, and ends as if we were not there."""
     with spanned(config={"distributed.worker.daemon": False}) as (cluster, received):
         cluster.client.submit(tasks.fork_holds, 1, 0.7, key="forks-1").result()
         cluster.client.submit(tasks.nothing, key="then-1").result()
         one_span(received, "then")
         one_span(received, "forks")
+        assert len(received.spans()) == 2
