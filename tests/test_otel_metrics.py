@@ -11,7 +11,7 @@ import pytest
 
 from dask_memusage_exporter import catalog
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
-from dask_memusage_exporter.health import DROP_REASONS, STAGES
+from dask_memusage_exporter.health import DROP_REASONS, STAGES, Health
 from tests import tasks
 from tests.conftest import Measured, measured, wait_until
 from tests.receivers import Received, receiver, variables
@@ -192,3 +192,12 @@ def test_a_receiver_that_comes_back_has_everything(sent: tuple[Measured, Receive
     wait_until(lambda: received.total(PEAK, "refused") == 20)
     stage = {"dask.memusage.stage": "export"}
     wait_until(lambda: received.total("dask.memusage.errors", **stage) >= 1)
+
+
+def test_what_workers_have_told_is_not_the_schedulers_own() -> None:
+    """Each process sends its own, or sums over instances would count errors twice."""
+    health = Health("scheduler")
+    health.error("render", ValueError("on purpose"))
+    health.add({"errors": {"render": 2, "stop": 1}, "dropped": {"invalid": 3}})
+    assert (health.errors["render"], health.own("errors")["render"]) == (3, 1)
+    assert (health.own("errors")["stop"], health.own("dropped")["invalid"]) == (0, 0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import dask
 import dask.array as da
@@ -16,7 +19,8 @@ from dask_memusage_exporter import submission, traced
 from dask_memusage_exporter.instrumentor import DaskMemusageInstrumentor
 from tests import tasks
 from tests.conftest import Measured, wait_until
-from tests.receivers import Received
+from tests.receivers import Received, receiver, variables
+from tests.servers import Servers
 from tests.test_otel_spans import one_span, spanned
 
 
@@ -124,3 +128,59 @@ def test_by_hand(sent: tuple[Measured, Received], application: Application) -> N
 def test_workers_of_an_instrumented_process_measure(instrumented: None) -> None:
     """The preload is configured beside those that are."""
     assert "dask_memusage_exporter" in dask.config.get("distributed.worker.preload")
+
+
+#: What a distribution of OpenTelemetry's has: it sets the SDK up by the variables.
+CONFIGURATOR = """
+from opentelemetry.sdk._configuration import _OTelSDKConfigurator
+
+class Configurator(_OTelSDKConfigurator):
+    pass
+"""
+
+ENTRY_POINTS = """
+[opentelemetry_configurator]
+configurator = a_distribution:Configurator
+
+[opentelemetry_instrumentor]
+dask-memusage = dask_memusage_exporter.instrumentor:DaskMemusageInstrumentor
+"""
+
+INSTRUMENT = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"
+
+
+def test_a_worker_under_opentelemetry_instrument(tmp_path: Path) -> None:
+    """No preload, no plugin: it measures, by the one provider that is set up there, once a task."""
+    distribution = tmp_path / "distribution"
+    about = distribution / "a_distribution-1.dist-info"
+    about.mkdir(parents=True)
+    (distribution / "a_distribution.py").write_text(CONFIGURATOR)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: a-distribution\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+    paths = [str(distribution), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    servers = Servers(tmp_path)
+    try:
+        with receiver() as received:
+            env = variables(
+                received.endpoint,
+                PYTHONPATH=os.pathsep.join(path for path in paths if path),
+                OTEL_SERVICE_NAME="under",
+                OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+                OTEL_TRACES_EXPORTER="otlp",
+                OTEL_METRICS_EXPORTER="otlp",
+            )
+            servers.scheduler()
+            under = (sys.executable, "-c", INSTRUMENT)
+            worker = servers.worker("--no-nanny", env=env, under=under)
+            servers.client.wait_for_workers(1, timeout=30)
+            servers.client.submit(tasks.starts_child, "library", key="under-1").result()
+            parent, child = one_span(received, "under"), one_span(received, "library")
+            assert child.data.parent_span_id == parent.data.span_id
+            peak = "dask.worker.task.memory.peak"
+            wait_until(lambda: received.total(peak, "under") == 1)
+            assert {point.resource["service.name"] for point in received.points()} == {"under"}
+            assert worker.stop() == 0
+            assert "Traceback" not in worker.log
+            assert "verriding" not in worker.log
+    finally:
+        servers.close()
