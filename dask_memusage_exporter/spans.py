@@ -233,9 +233,10 @@ class Spans:
     # -- the end -------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End what waits, for as long as that takes, and the thread with it."""
-        self._closed = True
-        self._waiting.put(None)
+        """End what waits, for as long as that takes, and the thread with it. Harmless twice."""
+        if not self._closed:
+            self._closed = True
+            self._waiting.put(None)
         self._thread.join()
 
     def give_up(self) -> None:

@@ -36,23 +36,23 @@ class Signal:
 
     def __init__(self, name: str, source: Source, identity: Mapping[str, str]) -> None:
         self._name, self._source, self._identity = name, source, identity
+        # Spans that have started with ours will end with it; metrics go on where they are.
+        self._at_once = name == "metrics"
         self._tried = False
         self._left: list[providers.Pipeline] = []
         #: What is in use; None: nobody wants this signal.
         self.pipeline: providers.Pipeline | None = None
 
-    def refresh(self, end: Callable[[], None] = lambda: None) -> bool:
-        """Look whose provider there is; return whether it is another than before. Cheap.
-
-        ``end`` is called, elsewhere, before one that is no longer used ends.
-        """
+    def refresh(self) -> bool:
+        """Look whose provider there is; return whether it is another than before. Cheap."""
         before = self.pipeline
         theirs = providers.application(self._name)
         if theirs is not None:
             if before is None or theirs is not before.provider:
                 if before is not None:  # they came after us
-                    before.close(end)
                     self._left.append(before)
+                    if self._at_once:
+                        before.close()
                 self.pipeline = providers.Pipeline(theirs, self._source.health)
         elif not self._tried:
             self._tried = True
@@ -64,10 +64,10 @@ class Signal:
     ) -> list[tuple[threading.Event, providers.Pipeline]]:
         """Begin to send what is left; return what is set at the end of each pipeline.
 
-        ``end`` is called, elsewhere, before the one in use ends.
+        ``end`` is called before, elsewhere.
         """
-        used = [] if self.pipeline is None else [(self.pipeline.close(end), self.pipeline)]
-        return [*((pipeline.close(), pipeline) for pipeline in self._left), *used]
+        all_of_them = self._left if self.pipeline is None else [*self._left, self.pipeline]
+        return [(pipeline.close(end), pipeline) for pipeline in all_of_them]
 
 
 class Telemetry:
@@ -91,6 +91,7 @@ class Telemetry:
         self.instruments: Instruments | None = None
         #: Where tasks get their spans; None: nobody wants any.
         self.spans: Spans | None = None
+        self._all_spans: list[Spans] = []
         self._closed = False
         self.refresh()
         if settings.spans_enabled is True and self._traces is not None and self.spans is None:
@@ -106,7 +107,7 @@ class Telemetry:
         except Exception as error:
             self._source.health.error("export", error)
         try:
-            if self._traces is not None and self._traces.refresh(self._end_spans()):
+            if self._traces is not None and self._traces.refresh():
                 self._bind_spans(self._traces.pipeline)
         except Exception as error:
             self._source.health.error("export", error)
@@ -123,7 +124,6 @@ class Telemetry:
     def _bind_spans(self, pipeline: providers.Pipeline | None) -> None:
         from dask_memusage_exporter.spans import Spans
 
-        self.spans = None
         if pipeline is not None:
             self.spans = Spans(
                 pipeline.provider,
@@ -132,9 +132,11 @@ class Telemetry:
                 aggregate=self._source.aggregate,
                 health=self._source.health,
             )
+            self._all_spans.append(self.spans)
 
-    def _end_spans(self) -> Callable[[], None]:
-        return (lambda: None) if self.spans is None else self.spans.close
+    def _end_spans(self) -> None:
+        for spans in self._all_spans:
+            spans.close()
 
     def _unbind(self) -> None:
         if self.instruments is not None and self._source in self.instruments.sources:
@@ -145,7 +147,7 @@ class Telemetry:
         if self._closed:
             return []
         self._closed = True
-        traces = [] if self._traces is None else self._traces.close(self._end_spans())
+        traces = [] if self._traces is None else self._traces.close(self._end_spans)
         return [*self._metrics.close(), *traces]
 
     async def end(self, timeout: float) -> None:
@@ -154,8 +156,8 @@ class Telemetry:
         ending = self.close()
         while time.monotonic() < until and not all(event.is_set() for event, _ in ending):
             await asyncio.sleep(0.01)
-        if self.spans is not None:
-            self.spans.give_up()
+        for spans in self._all_spans:
+            spans.give_up()
         for _, pipeline in ending:
             pipeline.give_up()
         self._unbind()
