@@ -203,6 +203,7 @@ class Process:
         """Take everything down."""
         prometheus.remove(self)
         self.telemetry.close()
+        self.telemetry.unbind()
         self.tracker.close()
 
 

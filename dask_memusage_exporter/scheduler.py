@@ -401,6 +401,7 @@ class SchedulerAgent:
     def teardown(self) -> None:
         """Let everything go; ``Scheduler.close`` calls this on all extensions."""
         self._telemetry.close()
+        self._telemetry.unbind()
         prometheus.remove(self)
         self.deaths.close()
         self._recordings.clear()

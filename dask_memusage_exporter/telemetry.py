@@ -115,7 +115,7 @@ class Telemetry:
     def _bind_metrics(self) -> None:
         from dask_memusage_exporter.exporters import otlp  # imports OpenTelemetry's API
 
-        self._unbind()
+        self.unbind()
         if self._metrics.pipeline is not None:
             buckets = self._settings.buckets
             self.instruments = otlp.instruments(self._metrics.pipeline.provider, buckets)
@@ -138,7 +138,8 @@ class Telemetry:
         for spans in self._all_spans:
             spans.close()
 
-    def _unbind(self) -> None:
+    def unbind(self) -> None:
+        """Observe nothing of ours any more: an application's instruments outlive us."""
         if self.instruments is not None and self._source in self.instruments.sources:
             self.instruments.sources.remove(self._source)
 
@@ -160,4 +161,4 @@ class Telemetry:
             spans.give_up()
         for _, pipeline in ending:
             pipeline.give_up()
-        self._unbind()
+        self.unbind()

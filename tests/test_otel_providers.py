@@ -271,3 +271,33 @@ def test_a_scheduler_ends_in_time_too(set_variables: Any) -> None:
             wait_until(lambda: silent.arrived)
             began = time.monotonic()
         assert time.monotonic() - began < 3
+
+
+def test_an_applications_instruments_outlive_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters come and go in one process: what has gone is observed no longer."""
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    reader = InMemoryMetricReader()
+    own = MeterProvider([reader], shutdown_on_exit=False)
+    monkeypatch.setattr(
+        providers, "application", lambda signal: own if signal == "metrics" else None
+    )
+
+    def workers() -> list[float]:
+        data = reader.get_metrics_data()
+        metrics = [] if data is None else data.resource_metrics[0].scope_metrics[0].metrics
+        return [
+            point.value
+            for metric in metrics
+            if metric.name == "dask.scheduler.task.memory.workers"
+            for point in metric.data.data_points
+            if point.attributes["dask.memusage.source"] == "kernel"
+        ]
+
+    for _ in range(2):
+        with measured(n_workers=1) as cluster:
+            cluster.client.submit(tasks.array, 1, key="guest-1").result()
+            wait_until(lambda: workers() == [1])
+        wait_until(lambda: workers() == [])
+    own.shutdown()
