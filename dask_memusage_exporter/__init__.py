@@ -21,6 +21,7 @@ from dask_memusage_exporter.nanny import MemusageNannyPlugin
 from dask_memusage_exporter.recording import Recording, record
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin, on_preload
+from dask_memusage_exporter.submission import traced
 from dask_memusage_exporter.worker import MemusageWorkerPlugin
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "dask_setup",
     "install",
     "record",
+    "traced",
 ]
 
 

@@ -287,6 +287,24 @@ class Aggregate:
                 if label != OVERFLOW or self.overflow_tasks
             ]
 
+    def maxima(self) -> list[tuple[str, int | None, int | None]]:
+        """Return label, largest peak and largest growth in the window; see :meth:`snapshot`."""
+        now = self._clock()
+        with self._lock:
+            return [
+                (label, prefix.peak_maximum.value(now), prefix.growth_maximum.value(now))
+                for label, prefix in self._prefixes.items()
+            ]
+
+    def tasks(self) -> list[tuple[str, str, int]]:
+        """Return label, scope and number of tasks; all scopes of a label that is known."""
+        with self._lock:
+            return [
+                (label, scope, count)
+                for label, prefix in self._prefixes.items()
+                for scope, count in prefix.tally.tasks.items()
+            ]
+
     def _prefix(self, label: str) -> _Prefix:
         prefix = self._prefixes.get(label)
         if prefix is not None:

@@ -44,9 +44,9 @@ class ConfigError(ValueError):
 class Settings:
     """The checked settings, one field a key of ``memusage.yaml``.
 
-    ``maximum_window`` is in seconds, ``buckets`` in bytes without the closing infinity,
-    ``trim`` a share of time from 0 (off) to 0.5, ``jemalloc`` a library's path or whether to look
-    for one.
+    ``maximum_window`` and ``shutdown_timeout`` are in seconds, ``buckets`` in bytes without the
+    closing infinity, ``trim`` a share of time from 0 (off) to 0.5, ``jemalloc`` a library's path or
+    whether to look for one.
     """
 
     csv_path: str | None
@@ -62,6 +62,12 @@ class Settings:
     maximum_window: float
     buckets: tuple[int, ...]
     worker_metrics: str
+    shutdown_timeout: float
+    spans_enabled: bool | str
+    spans_task_key: bool
+    spans_keep_peak: int | None
+    spans_keep_growth: int | None
+    spans_keep_largest: int
 
     @classmethod
     def load(cls, base: Mapping[str, Any] | None = None) -> Settings:
@@ -173,6 +179,27 @@ def _boolean(key: str, value: object) -> bool:
     return value
 
 
+def _spans(key: str, value: object) -> bool | str:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise ConfigError(f"{key}: {value!r} is not auto, true or false")
+
+
+def _size(key: str, value: object) -> int | None:
+    wrong = ConfigError(f"{key}: {value!r} is not a size above 0, such as 1GiB")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value == "":
+        raise wrong
+    try:
+        size = int(parse_bytes(value))
+    except (ValueError, LookupError, OverflowError):
+        raise wrong from None
+    if size <= 0:
+        raise wrong
+    return size
+
+
 def _jemalloc(key: str, value: object) -> bool | str:
     if isinstance(value, bool) or (isinstance(value, str) and value.strip()):
         return value
@@ -199,23 +226,29 @@ def _matches(prefix: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(prefix, pattern) for pattern in patterns)
 
 
-def _prefixes(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10_000:
-        raise ConfigError(f"{key}: {value!r} is not a whole number from 1 to 10000")
-    return value
+def _whole(least: int, most: int) -> Callable[[str, object], int]:
+    def check(key: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ConfigError(f"{key}: {value!r} is not a whole number from {least} to {most}")
+        return value
+
+    return check
 
 
-def _seconds(key: str, value: object) -> float:
-    wrong = ConfigError(f"{key}: {value!r} is not a time span from 10s to 1 day, such as '10m'")
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise wrong
-    try:
-        seconds = float(parse_timedelta(value))
-    except (ValueError, LookupError, OverflowError):
-        raise wrong from None
-    if not 10 <= seconds <= 86_400:
-        raise wrong
-    return seconds
+def _seconds(least: float, most: float, words: str) -> Callable[[str, object], float]:
+    def check(key: str, value: object) -> float:
+        wrong = ConfigError(f"{key}: {value!r} is not a time span {words}")
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise wrong
+        try:
+            seconds = float(parse_timedelta(value))
+        except (ValueError, LookupError, OverflowError):
+            raise wrong from None
+        if not least <= seconds <= most:
+            raise wrong
+        return seconds
+
+    return check
 
 
 def _buckets(key: str, value: object) -> tuple[int, ...]:
@@ -239,7 +272,7 @@ def _buckets(key: str, value: object) -> tuple[int, ...]:
 
 
 #: Keys that hold keys.
-_SECTIONS = frozenset({"csv", "prefixes"})
+_SECTIONS = frozenset({"csv", "prefixes", "spans", "spans.keep"})
 
 _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "csv.path": _path,
@@ -251,8 +284,14 @@ _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "flight-directory": _path,
     "prefixes.allow": _patterns,
     "prefixes.deny": lambda key, value: _patterns(key, value) or (),
-    "max-prefixes": _prefixes,
-    "maximum-window": _seconds,
+    "max-prefixes": _whole(1, 10_000),
+    "maximum-window": _seconds(10, 86_400, "from 10s to 1 day, such as '10m'"),
     "buckets": _buckets,
     "worker-metrics": _one_of("auto", "full", "totals", "off"),
+    "spans.enabled": _spans,
+    "spans.task-key": _boolean,
+    "spans.keep.peak": _size,
+    "spans.keep.growth": _size,
+    "spans.keep.largest": _whole(0, 1_000),
+    "shutdown-timeout": _seconds(0, 60, "from 0s to 60s, such as '1.5s'"),
 }

@@ -45,6 +45,8 @@ class Health:
         #: Seconds spent.
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.dropped = dict.fromkeys(DROP_REASONS, 0)
+        #: What of them other processes have told.
+        self._others: dict[str, dict[str, float]] = {}
         self._logged: set[tuple[str, str]] = set()
         self._told: dict[str, dict[str, float]] = {}
 
@@ -87,9 +89,18 @@ class Health:
         with self._lock:
             for name in ("errors", "seconds", "dropped"):
                 counts: dict[str, Any] = getattr(self, name)
+                others = self._others.setdefault(name, {})
                 for key, rise in rises.get(name, {}).items():
                     if key in counts:
                         counts[key] += rise
+                        others[key] = others.get(key, 0) + rise
+
+    def own(self, name: str) -> dict[str, float]:
+        """Return a counter (``errors``, ``seconds`` or ``dropped``) without other processes'."""
+        with self._lock:
+            counts: dict[str, float] = getattr(self, name)
+            others = self._others.get(name, {})
+            return {key: count - others.get(key, 0) for key, count in counts.items()}
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count records that are lost."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter, time
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.measure import choose, threads
 from dask_memusage_exporter.measure.heap import Heap
 from dask_memusage_exporter.measure.tracker import Bracket, Look, Tracker, Window
+from dask_memusage_exporter.telemetry import Telemetry
 from dask_memusage_exporter.traffic import Traffic
 
 logger = logging.getLogger("distributed.worker.memusage")
@@ -44,6 +45,9 @@ class Member(Protocol):
     def heard(self) -> bool:
         """Whether the scheduler shows everything for the whole cluster."""
 
+    def identity(self) -> Mapping[str, str]:
+        """Return what identifies the worker: attributes of OpenTelemetry's."""
+
     def measured_by(self, measuring: Process) -> None:
         """Hear whose part this worker is from now on."""
 
@@ -55,9 +59,18 @@ class Member(Protocol):
 
 
 class Process:
-    """One process's measurement. Get it by :func:`join`, which tells the worker."""
+    """One process's measurement. Get it by :func:`join`, which tells the worker.
 
-    def __init__(self, settings: Settings) -> None:
+    Parameters
+    ----------
+    identity
+        What identifies the process: the first worker's attributes.
+    """
+
+    #: Whose metrics are observed here; see :class:`otlp.Source`.
+    server = "worker"
+
+    def __init__(self, settings: Settings, identity: Mapping[str, str]) -> None:
         self.settings = settings
         #: Whether a task has been measured: until then other settings may still take over.
         self.used = False
@@ -88,6 +101,7 @@ class Process:
         if self.heap.unknown is not None:
             logger.info("dask-memusage: the heap cannot be asked (%s)", self.heap.unknown)
         prometheus.add(self)
+        self.telemetry = Telemetry(self, identity, settings)
 
     def _note(self, open_brackets: Iterable[Bracket]) -> None:
         for member in self.members:
@@ -104,7 +118,9 @@ class Process:
         if short and self._before is not None and now - self._looked < _MOMENT:
             self.heap.ready = False
             return self._before
-        self.used = True
+        if not self.used:
+            self.used = True
+            self.telemetry.refresh()  # so that no record is too early for it
         moved = 0
         for member in self.members:
             moved += member.traffic.opening()
@@ -152,12 +168,26 @@ class Process:
         mode = self.settings.worker_metrics
         if mode == "auto":
             mode = "totals" if all(member.heard for member in self.members) else "full"
-        limits = [limit for member in self.members if (limit := member.memory_limit())]
         return prometheus.worker_families(
             namespace=prometheus_namespace(),
             mode=mode,
             aggregate=self.aggregate,
-            memory_limit=min(limits, default=None),
+            memory_limit=self._memory_limit(),
+        )
+
+    def _memory_limit(self) -> int | None:
+        limits = [limit for member in list(self.members) if (limit := member.memory_limit())]
+        return min(limits, default=None)
+
+    def observe(self, name: str) -> Iterable[tuple[tuple[str, ...], float | None]]:
+        """Return the values of a metric that OpenTelemetry observes; from any thread."""
+        from dask_memusage_exporter.exporters import otlp
+
+        return otlp.worker_values(
+            name,
+            aggregate=self.aggregate,
+            health=self.health,
+            memory_limit=self._memory_limit(),
         )
 
     def collect_health(self) -> Iterable[Metric]:
@@ -174,6 +204,8 @@ class Process:
     def close(self) -> None:
         """Take everything down."""
         prometheus.remove(self)
+        self.telemetry.close()
+        self.telemetry.unbind()
         self.tracker.close()
 
 
@@ -206,11 +238,18 @@ def join(member: Member, settings: Settings) -> None:
             members = [*members, member]
         told = [member]
         if here is None:
-            here = _process = Process(settings)
+            here = _process = Process(settings, member.identity())
             told = members
         here.members = members
         for one in told:
             one.measured_by(here)
+
+
+async def send_last(member: Member) -> None:
+    """Send by OpenTelemetry what is left, where the last worker closes; :func:`leave` follows."""
+    here = _process
+    if here is not None and here.members == [member]:
+        await here.telemetry.end(here.settings.shutdown_timeout)
 
 
 def leave(member: Member) -> None:

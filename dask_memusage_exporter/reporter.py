@@ -88,7 +88,7 @@ class Reporter:
         """Count a record, and send it where rows are wanted."""
         if self._process is None or self._batch is None:
             return
-        self._batch.observe(record)
+        self._observe(record)
         self._expect()
         # Ahead of the task-finished message: rows are there when the client hears of the task.
         if self.rows and self.heard and not self._send(RECORDS_OP, rows=[to_row(record)]):
@@ -102,13 +102,23 @@ class Reporter:
             self._make()
 
     def _make(self) -> None:
-        process, batch = self._process, self._batch
-        if process is None or batch is None or not self._unmade:
+        process = self._process
+        if process is None or not self._unmade:
             return
         unmade, self._unmade = self._unmade, []
         for record in unmade:
             with process.health.guard("record"):
-                batch.observe(record())
+                self._observe(record())
+
+    def _observe(self, record: TaskMemory) -> None:
+        if self._process is None or self._batch is None:
+            return
+        self._batch.observe(record)
+        instruments = self._process.telemetry.instruments
+        if instruments is not None:
+            with self._process.health.guard("export"):
+                label = self._process.aggregate.label_of(record.task_prefix)
+                instruments.record(record, label)
 
     def _expect(self) -> None:
         """Note that there is one record more, and see that it is sent."""
@@ -148,7 +158,9 @@ class Reporter:
         self.flush()
         if not self.heard:
             return
-        parting = {"incarnation": self._incarnation, "observed": self._observed}
+        parting: dict[str, Any] = {"incarnation": self._incarnation, "observed": self._observed}
+        if self._process is not None:
+            parting["health"] = self._process.health.rises()
         told = not self._unsent and self._send(GOODBYE_OP, **parting)
         if not told:
             # The stream is broken, or was for a while: by a connection of its own.

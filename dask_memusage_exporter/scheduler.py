@@ -20,7 +20,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 from prometheus_client import Metric
 
-from dask_memusage_exporter import __version__, catalog, http
+from dask_memusage_exporter import __version__, catalog, http, providers
 from dask_memusage_exporter.aggregate import Aggregate, checked, is_count
 from dask_memusage_exporter.bootstrap import ByValue, NannyByValue
 from dask_memusage_exporter.config import ConfigError, Settings, explicit, prometheus_namespace
@@ -31,6 +31,7 @@ from dask_memusage_exporter.exporters.recordings import START_OP, STOP_OP, Recor
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.records import from_row
 from dask_memusage_exporter.reporter import BATCH_OP, GOODBYE_OP, HELLO_OP, LEAVING_OP, RECORDS_OP
+from dask_memusage_exporter.telemetry import Telemetry
 from dask_memusage_exporter.worker import EXTENSION
 
 if TYPE_CHECKING:
@@ -47,10 +48,13 @@ _PATIENCE = 5.0
 class SchedulerAgent:
     """One scheduler's measurement. Made by :func:`prepare`."""
 
+    #: Whose metrics are observed here; see :class:`otlp.Source`.
+    server = "scheduler"
+
     def __init__(self, scheduler: Scheduler, settings: Settings) -> None:
         self.scheduler = scheduler
         self.health = Health("scheduler")
-        self._jemalloc = settings.jemalloc
+        self._settings = settings
         self.sinks: list[RecordSink] = []
         self.aggregate = Aggregate(
             bounds=settings.buckets,
@@ -87,6 +91,8 @@ class SchedulerAgent:
         with self.health.guard("render"):
             http.add_routes(self.scheduler)
         prometheus.add(self)
+        identity = providers.identity("scheduler", id=self.scheduler.id)
+        self._telemetry = Telemetry(self, identity, self._settings)
         logger.info("dask-memusage %s: measuring this scheduler's cluster", __version__)
 
     def add_csv(self, path: str | os.PathLike[str], columns: str) -> None:
@@ -114,7 +120,7 @@ class SchedulerAgent:
         jemalloc
             See :func:`install.install`; None: as the setting says.
         """
-        wanted = self._jemalloc if jemalloc is None else jemalloc
+        wanted = self._settings.jemalloc if jemalloc is None else jemalloc
         if wanted:
             path = None if wanted is True else wanted
             await self.scheduler.register_nanny_plugin(
@@ -158,6 +164,7 @@ class SchedulerAgent:
 
         Never raises. A batch whose health is wrong still has its counts.
         """
+        self._telemetry.refresh()
         with self.health.guard("aggregate"):
             try:
                 tallies = self._checked(
@@ -217,11 +224,13 @@ class SchedulerAgent:
         worker: str = "",
         incarnation: str | None = None,
         observed: int | None = None,
+        health: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
         """Take note of a worker that ends in order."""
         with self.health.guard("record"):
             self.deaths.goodbye(worker, incarnation, observed)
+            self.health.add(_checked_rises(health or {}))
 
     async def handle_leaving(
         self, worker: str = "", batches: Iterable[Mapping[str, Any]] = (), **parting: Any
@@ -338,9 +347,26 @@ class SchedulerAgent:
 
     def collect(self) -> Iterable[Metric]:
         """Return the scheduler's metric families; see ``catalog``."""
-        self.kills.learn(self.scheduler.task_prefixes)
+        workers, limits, reports = self._workers()
+        self._last_report = max(reports, default=self._last_report)
+        return prometheus.scheduler_families(
+            namespace=prometheus_namespace(),
+            aggregate=self.aggregate,
+            workers_by_source=workers,
+            killed=self._killed(),
+            worker_limit=min(limits, default=None),
+            last_report=self._last_report,
+        )
+
+    def _killed(self) -> dict[str, prometheus.KilledSnapshot]:
+        self.kills.learn(list(self.scheduler.task_prefixes))
+        return self.kills.snapshot()
+
+    def _workers(self) -> tuple[dict[str, int], list[int], list[float]]:
+        """Return workers by source, their memory limits, and when each was last heard of."""
         workers = dict.fromkeys(catalog.SOURCES, 0)
-        limits, reports = [], []
+        limits: list[int] = []
+        reports: list[float] = []
         # In one step: another cluster of this process may ask, from its own event loop.
         for state in list(dict.values(self.scheduler.workers)):
             said = state.metrics.get(EXTENSION)
@@ -352,14 +378,17 @@ class SchedulerAgent:
                 limits.append(state.memory_limit)
             if source in workers and source != "missing":
                 reports.append(state.last_seen)
-        self._last_report = max(reports, default=self._last_report)
-        return prometheus.scheduler_families(
-            namespace=prometheus_namespace(),
-            aggregate=self.aggregate,
-            workers_by_source=workers,
-            killed=self.kills.snapshot(),
-            worker_limit=min(limits, default=None),
-            last_report=self._last_report,
+        return workers, limits, reports
+
+    def observe(self, name: str) -> Iterable[tuple[tuple[str, ...], float | None]]:
+        """Return the values of a metric that OpenTelemetry observes; from any thread."""
+        from dask_memusage_exporter.exporters import otlp
+
+        return otlp.scheduler_values(
+            name,
+            health=self.health,
+            workers_by_source=lambda: self._workers()[0],
+            killed=self._killed,
         )
 
     def collect_health(self) -> Iterable[Metric]:
@@ -368,8 +397,14 @@ class SchedulerAgent:
             namespace=prometheus_namespace(), server="scheduler", health=self.health, info={}
         )
 
+    async def send_last(self) -> None:
+        """Send by OpenTelemetry what is left."""
+        await self._telemetry.end(self._settings.shutdown_timeout)
+
     def teardown(self) -> None:
         """Let everything go; ``Scheduler.close`` calls this on all extensions."""
+        self._telemetry.close()
+        self._telemetry.unbind()
         prometheus.remove(self)
         self.deaths.close()
         self._recordings.clear()
@@ -384,6 +419,9 @@ class _Events(SchedulerPlugin):
 
     def __init__(self, agent: SchedulerAgent) -> None:
         self._agent = agent
+
+    async def before_close(self) -> None:
+        await self._agent.send_last()
 
     def log_event(self, topic: str, msg: Any) -> None:
         self._agent.deaths.event(topic, msg)

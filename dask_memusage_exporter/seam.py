@@ -28,6 +28,7 @@ from types import CodeType, FrameType, TracebackType
 from typing import Any, Protocol
 
 from dask.typing import Key
+from dask.utils import key_split
 
 
 class Listener(Protocol):
@@ -120,15 +121,30 @@ def install(worker: Any, listener: Listener) -> str | None:
     return None
 
 
-def listen_on_loop(worker: Any, running: Callable[[], AbstractContextManager[None]]) -> None:
-    """Enter the context ``running`` while a handler runs code of a user's on the event loop."""
+def listen_on_loop(
+    worker: Any,
+    running: Callable[[str | None], AbstractContextManager[Callable[[Any], None]]],
+    raised: Callable[[Any], None],
+) -> None:
+    """Tell of code of a user's that handlers run.
+
+    Parameters
+    ----------
+    running
+        Its context is entered while some runs on the event loop, with ``Class.method`` of an
+        actor's; it yields what is called with the exception that an actor's has raised.
+    raised
+        Called with the exception that an actor's method has raised on a thread.
+    """
 
     def told(handler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(handler)  # distributed looks at the signature
         async def tell(*args: Any, **kwargs: Any) -> Any:
-            with running():
+            with running(_actor_method(kwargs)) as failed:
                 result = handler(*args, **kwargs)
-                return await result if inspect.isawaitable(result) else result
+                result = await result if inspect.isawaitable(result) else result
+                _tell_error(result, failed)
+                return result
 
         return tell
 
@@ -141,10 +157,25 @@ def listen_on_loop(worker: Any, running: Callable[[], AbstractContextManager[Non
 
         @functools.wraps(execute)
         async def actor_execute(*args: Any, **kwargs: Any) -> Any:
-            has_thread = _actor_has_thread(worker, kwargs)
-            return await (execute if has_thread else on_loop)(*args, **kwargs)
+            if not _actor_has_thread(worker, kwargs):
+                return await on_loop(*args, **kwargs)
+            result = await execute(*args, **kwargs)
+            _tell_error(result, raised)
+            return result
 
         worker.handlers["actor_execute"] = actor_execute
+
+
+def _actor_method(call: dict[str, Any]) -> str | None:
+    """Return the name of an actor's method as distributed has it; None: it is none."""
+    actor = call.get("actor")
+    return None if actor is None else f"{key_split(actor)}.{call.get('function')}"
+
+
+def _tell_error(result: Any, failed: Callable[[Any], None]) -> None:
+    # Worker.actor_execute answers so, with a Serialize around the exception.
+    if isinstance(result, dict) and result.get("status") == "error":
+        failed(getattr(result.get("exception"), "data", None))
 
 
 def _actor_has_thread(worker: Any, call: dict[str, Any]) -> bool:

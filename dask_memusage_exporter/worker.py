@@ -17,12 +17,12 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
 
 from dask.typing import Key
 
-from dask_memusage_exporter import process, seam
+from dask_memusage_exporter import process, providers, seam
 from dask_memusage_exporter.bootstrap import Bootstrap, ByValue
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.measure import threads
@@ -35,6 +35,8 @@ from dask_memusage_exporter.traffic import Traffic
 if TYPE_CHECKING:
     from distributed import Worker
     from distributed.worker_state_machine import TaskState
+
+    from dask_memusage_exporter.spans import Spans, TaskSpan
 
 logger = logging.getLogger("distributed.worker.memusage")
 
@@ -78,7 +80,7 @@ class WorkerAgent:
         self._seam_fault: str | None = seam.install(worker, self)
         if self._seam_fault is not None:
             self._say_fault()
-        seam.listen_on_loop(worker, self.on_loop)
+        seam.listen_on_loop(worker, self.on_loop, self.on_actor_error)
 
     # -- coming and going ----------------------------------------------------------------
 
@@ -116,6 +118,9 @@ class WorkerAgent:
             for bracket in self._without_thread.values():
                 if bracket is not None:
                     measuring.tracker.abandon(bracket)
+            for bracket in (*self._without_thread.values(), *self._closed.values()):
+                if bracket is not None and bracket.span is not None:
+                    bracket.span.drop()
             for open_or_closed in (self._without_thread, self._before, self._closed):
                 open_or_closed.clear()
             self.reporter.end_all()
@@ -131,6 +136,9 @@ class WorkerAgent:
     async def close(self) -> None:
         """Let everything go; ``Worker.close`` calls this on all extensions."""
         self.deactivate()
+        self.reporter.flush()
+        # Before the goodbye, which tells the scheduler what was lost in it.
+        await process.send_last(self)
         await self.reporter.goodbye()
         process.leave(self)
 
@@ -138,6 +146,8 @@ class WorkerAgent:
         from dask_memusage_exporter import __version__
 
         measuring = self._process
+        if measuring is not None:
+            measuring.telemetry.refresh()
         on_threads = [opened[0] for opened in list(self._by_thread.values())]
         return {
             "source": measuring.source_name if measuring is not None else "missing",
@@ -163,6 +173,13 @@ class WorkerAgent:
         if self._owned:
             self._process = measuring
             self._watch_offload()
+
+    def identity(self) -> dict[str, str]:
+        """Return what identifies the worker: attributes of OpenTelemetry's."""
+        address = getattr(self.worker, "_address", None) or ""
+        if address.startswith("inproc:"):
+            return providers.identity("worker")  # one of several in its process, for all we know
+        return providers.identity("worker", name=str(self.worker.name), address=address)
 
     def memory_limit(self) -> int | None:
         """Return the worker's memory limit in bytes, or None."""
@@ -207,6 +224,8 @@ class WorkerAgent:
             active = self.worker.active_keys
             # Actors' methods are no tasks: their entry is a name, and it may outlive the call.
             is_task = key in active
+            spans = measuring.telemetry.spans
+            span = None if spans is None else self._enter_span(spans, key, is_task, left)
             bracket = measuring.open(
                 thread,
                 (lambda: key in active or self._process is not measuring)
@@ -214,14 +233,44 @@ class WorkerAgent:
                 else _actor_call(thread),
             )
             if bracket is not None:
-                bracket.tag = key
+                bracket.tag, bracket.span = key, span
                 self._by_thread[thread] = (bracket, measuring, is_task)
                 if is_task:
                     self.reporter.runs(key, True)
                 bracket.opened = opened = perf_counter()
                 bracket.start_seconds = opened - began
+            elif span is not None:
+                span.leave()
+                span.drop()
         except Exception as error:
             measuring.health.error("start", error)
+
+    def _enter_span(
+        self,
+        spans: Spans,
+        key: Key,
+        is_task: bool,
+        left: tuple[Bracket, process.Process, bool] | None,
+    ) -> TaskSpan | None:
+        """Start a span and make it this thread's own, before the task and its measurement."""
+        try:
+            if left is not None and left[0].span is not None:
+                spans.clear()
+                if left[2]:
+                    left[0].span.drop()
+                else:
+                    left[0].span.finish_call(self.worker.address, left[0].start, time())
+            span = self._start_span(spans, key, is_task)
+            if span is not None:
+                spans.enter(span)
+            return span
+        except Exception as error:
+            spans.health.error("export", error)
+            return None
+
+    def _start_span(self, spans: Spans, key: Key, is_task: bool) -> TaskSpan | None:
+        task = self.worker.state.tasks.get(key) if is_task else None
+        return spans.start(key, str(key) if task is None else task.prefix, task, self.worker.name)
 
     def on_stop(self, thread: int, key: Key) -> None:
         """Close the bracket; the event loop makes the record of it."""
@@ -236,27 +285,52 @@ class WorkerAgent:
                 self.reporter.runs(key, False)
             if measuring.shut(bracket) and is_task and self._process is measuring:
                 self._closed[key] = bracket
-            bracket.stop_seconds = perf_counter() - began
         except Exception as error:
             measuring.health.error("stop", error)
+        if bracket.span is not None:
+            bracket.span.leave()
+        bracket.stop_seconds = perf_counter() - began
         if not is_task:
             measuring.spent(bracket)
+            if bracket.span is not None:
+                sizes = bracket.rss, bracket.peak
+                bracket.span.finish_call(self.worker.address, bracket.start, bracket.stop, *sizes)
 
     # -- code of a user's on the event loop ----------------------------------------------
 
     @contextmanager
-    def on_loop(self) -> Iterator[None]:
-        """Hold a bracket open while something runs that is no task: it overlaps, and no more."""
-        measuring, bracket = self._process, None
+    def on_loop(self, actor_call: str | None = None) -> Iterator[Callable[[Any], None]]:
+        """Hold a bracket open while something runs that is no task: it overlaps, and no more.
+
+        An actor's method has a span too; what it raised is to be told to what is yielded.
+        """
+        measuring, bracket, span = self._process, None, None
         if measuring is not None:
             with measuring.health.guard("start"):
+                spans = measuring.telemetry.spans
+                if spans is not None and actor_call is not None:
+                    span = self._enter_span(spans, actor_call, False, None)
                 bracket = measuring.open(None, lambda: True)
         try:
-            yield
+            yield lambda error: None if span is None else span.fail(error)
         finally:
+            if span is not None:
+                span.leave()
             if measuring is not None and bracket is not None:
                 with measuring.health.guard("stop"):
                     measuring.shut(bracket)
+                    if span is not None:
+                        span.finish_call(self.worker.address, bracket.start, bracket.stop)
+
+    def on_actor_error(self, error: Any) -> None:
+        """End the spans of actors' methods that have raised on a thread: nobody tells of the end.
+
+        The brackets stay for the thread's next start to take off.
+        """
+        for bracket, _, is_task in list(self._by_thread.values()):
+            if not is_task and bracket.span is not None and not bracket.alive():
+                bracket.span.fail(error)
+                bracket.span.finish_call(self.worker.address, bracket.start, time())
 
     # -- WorkerPlugin.transition: on the event loop --------------------------------------
 
@@ -285,9 +359,13 @@ class WorkerAgent:
         if bare:
             brackets = self._without_thread
             brackets[key] = None  # it is asked from now on whether this one runs
+            spans, span = measuring.telemetry.spans, None
+            if spans is not None:
+                with measuring.health.guard("export"):
+                    span = self._start_span(spans, key, True)
             bracket = measuring.open(None, lambda: key in brackets)
             if bracket is not None:
-                bracket.tag = key
+                bracket.tag, bracket.span = key, span
             brackets[key] = bracket
 
     def _has_thread(self, task: TaskState) -> bool:
@@ -305,6 +383,8 @@ class WorkerAgent:
         bare = self._without_thread.pop(key, None)
         if bare is not None and measuring.shut(bare) and self._has_run(key, bare):
             bracket = bracket or bare
+        if bare is not None and bare is not bracket and bare.span is not None:
+            bare.span.drop()
         self.reporter.ends(key)
         if bracket is None or before is None:
             if finish == "memory" and before is None:
@@ -317,6 +397,9 @@ class WorkerAgent:
             return
         status = "cancelled" if start == "cancelled" else _ENDS[finish]
         task = self.worker.state.tasks.get(key)
+        if bracket.span is not None and status == "erred" and task is not None:
+            error = getattr(task.exception, "data", None)
+            bracket.span.fail(error, task.exception_text, task.traceback_text)
         record = partial(self._record, measuring, bracket, before, _facts(key, task, status))
         if bracket.uneventful and not self.reporter.rows:
             self.reporter.report_later(record)
@@ -328,7 +411,9 @@ class WorkerAgent:
             self._learn(task.prefix, bracket)
         while len(self._closed) > _MOST_CLOSED:
             lost = next(iter(self._closed))
-            del self._closed[lost]
+            given_up = self._closed.pop(lost)
+            if given_up.span is not None:
+                given_up.span.drop()
             self._before.pop(lost, None)
             self.reporter.ends(lost)
             measuring.health.drop("invalid")
@@ -355,7 +440,10 @@ class WorkerAgent:
         measuring.spent(bracket)
         key, prefix, *rest = facts
         window = measuring.settle(bracket, before)
-        return TaskMemory(key, prefix, self.worker.address, *window, *rest)
+        record = TaskMemory(key, prefix, self.worker.address, *window, *rest)
+        if bracket.span is not None:
+            bracket.span.finish(record)
+        return record
 
     def _nbytes(self, key: Key) -> int:
         task = self.worker.state.tasks.get(key)

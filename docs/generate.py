@@ -29,6 +29,17 @@ its own metrics, so the two can be joined. Counters end in `_total`, info metric
 |---|---|---|---|---|---|
 """
 
+OTEL_HEAD = """
+
+## The same by OpenTelemetry
+
+See [OpenTelemetry](opentelemetry.md) for how to switch it on. Each process sends what it knows
+itself, so sums over all instances count nothing twice.
+
+| name | unit | kind | attributes | from | as on /metrics |
+|---|---|---|---|---|---|
+"""
+
 METRICS_TAIL = """
 ## Reading them
 
@@ -96,7 +107,26 @@ def metrics() -> str:
         for metric in catalog.METRICS
     ]
     reasons = [f"| `{reason}` | {meaning} |" for reason, meaning in REASONS.items()]
-    return METRICS_HEAD + "\n".join(lines) + "\n" + METRICS_TAIL + "\n".join(reasons) + "\n"
+    return (
+        METRICS_HEAD
+        + "\n".join(lines)
+        + OTEL_HEAD
+        + "\n".join(_otel())
+        + "\n"
+        + METRICS_TAIL
+        + "\n".join(reasons)
+        + "\n"
+    )
+
+
+def _otel() -> list[str]:
+    return [
+        f"| `{metric.otel.name}` | `{metric.otel.unit}` | {metric.kind} "
+        f"| {', '.join(f'`{catalog.ATTRIBUTES[label]}`' for label in metric.labels) or '-'} "
+        f"| {', '.join(metric.otel.on)} | `{metric.name}` |"
+        for metric in catalog.METRICS
+        if metric.otel is not None
+    ]
 
 
 def settings() -> str:

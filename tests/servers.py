@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,18 @@ class Server:
     """One process with its log; ended by its own id."""
 
     def __init__(
-        self, log: Path, arguments: list[str], cwd: Path, environment: Mapping[str, str | None]
+        self,
+        log: Path,
+        arguments: list[str],
+        cwd: Path,
+        environment: Mapping[str, str | None],
+        under: Sequence[str] = (),
     ) -> None:
         self._log = log
         merged = {**os.environ, **environment}
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dask", *arguments],
+                [*under, sys.executable, "-m", "dask", *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
@@ -68,12 +73,19 @@ class Servers:
         self._started = 0
 
     def start(
-        self, *arguments: str, cwd: Path | None = None, env: Mapping[str, str | None] | None = None
+        self,
+        *arguments: str,
+        cwd: Path | None = None,
+        env: Mapping[str, str | None] | None = None,
+        under: Sequence[str] = (),
     ) -> Server:
-        """Start ``dask ARGUMENTS``; a variable that is None is taken out of its environment."""
+        """Start ``dask ARGUMENTS``; a variable that is None is taken out of its environment.
+
+        ``under`` is a program that starts others, with its own arguments.
+        """
         self._started += 1
         log = self.directory / f"{arguments[0]}-{self._started}.log"
-        server = Server(log, list(arguments), cwd or self.directory, env or {})
+        server = Server(log, list(arguments), cwd or self.directory, env or {}, under)
         self._stack.callback(self._end, server)
         return server
 

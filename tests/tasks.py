@@ -424,3 +424,123 @@ def sized(kind: str, total: int) -> int:
 def secede_only(*_: Any) -> None:
     """Leave the pool: another thread takes the place of this one, which ends."""
     secede()
+
+
+def opentelemetry_modules() -> list[str]:
+    """Return what is loaded of OpenTelemetry."""
+    return sorted(name for name in sys.modules if name.startswith("opentelemetry"))
+
+
+def set_own_providers(endpoint: str) -> None:
+    """What an application does that exports itself."""
+    from opentelemetry import metrics
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+    from opentelemetry.sdk.resources import Resource
+
+    exporter = OTLPMetricExporter(endpoint=f"{endpoint}/v1/metrics")
+    reader = PeriodicExportingMetricReader(exporter, export_interval_millis=300)
+    about = {"service.name": "application", "service.instance.id": str(os.getpid())}
+    resource = Resource.create(about)
+    metrics.set_meter_provider(MeterProvider([reader], resource=resource))
+
+
+def add_own(dask_worker: Any) -> bool:
+    """Use the application's provider once more; return whether it still takes anything."""
+    from opentelemetry import metrics
+
+    provider = metrics.get_meter_provider()
+    provider.get_meter("application").create_counter("own").add(1)
+    return not provider._shutdown
+
+
+def current_span() -> tuple[int, int]:
+    """Return trace and span id of what is current on this thread; zeros: nothing is."""
+    from opentelemetry import trace
+
+    context = trace.get_current_span().get_span_context()
+    return context.trace_id, context.span_id
+
+
+def starts_child(name: str) -> None:
+    """Do what an instrumented library does."""
+    from opentelemetry import trace
+
+    with trace.get_tracer("library").start_as_current_span(name):
+        pass
+
+
+async def starts_child_on_loop(name: str) -> None:
+    starts_child(name)
+
+
+def set_own_tracer(endpoint: str, delay: float = 0.0, log: bool = False) -> None:
+    """Set a TracerProvider as an application does; its processor may hold up who ends a span."""
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter
+
+    class Slow(SpanExporter):
+        def export(self, spans: Any) -> Any:
+            time.sleep(delay)
+
+        def shutdown(self) -> None:
+            pass
+
+    provider = TracerProvider(resource=Resource.create({"service.name": "application"}))
+    if delay:
+        provider.add_span_processor(SimpleSpanProcessor(Slow()))
+    exporter = OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=100))
+    trace.set_tracer_provider(provider)
+    if log:
+        set_own_logger()
+
+
+#: Log records that an application's own LoggerProvider has been given: name and attributes.
+LOGGED: list[tuple[str, dict[str, Any], int]] = []
+
+
+def set_own_logger() -> None:
+    """Set a LoggerProvider as an application does."""
+    from opentelemetry import _logs
+    from opentelemetry.sdk._logs import LoggerProvider, LogRecordProcessor
+
+    class Keeping(LogRecordProcessor):
+        def on_emit(self, log_record: Any) -> None:
+            record = log_record.log_record
+            LOGGED.append((record.event_name, dict(record.attributes), record.span_id))
+
+        emit = on_emit  # its name in older SDKs
+
+        def shutdown(self) -> None:
+            pass
+
+        def force_flush(self, timeout_millis: int = 0) -> bool:
+            return True
+
+    provider = LoggerProvider()
+    provider.add_log_record_processor(Keeping())
+    _logs.set_logger_provider(provider)
+
+
+def logged() -> list[tuple[str, dict[str, Any], int]]:
+    return LOGGED
+
+
+class Spanned:
+    """An actor that is instrumented."""
+
+    def on_thread(self, name: str) -> tuple[int, int]:
+        starts_child(name)
+        return current_span()
+
+    def raises(self) -> None:
+        raise ValueError("on purpose")
+
+    async def on_loop(self, name: str) -> tuple[int, int]:
+        starts_child(name)
+        return current_span()

@@ -89,6 +89,12 @@ def test_the_defaults_are_the_yamls() -> None:
         maximum_window=600.0,
         buckets=DEFAULT_BUCKETS,
         worker_metrics="auto",
+        shutdown_timeout=1.5,
+        spans_enabled="auto",
+        spans_task_key=True,
+        spans_keep_peak=None,
+        spans_keep_growth=None,
+        spans_keep_largest=0,
         flight_directory=None,
         prefixes_allow=None,
         prefixes_deny=(),
@@ -151,6 +157,14 @@ GOOD: list[tuple[str, object, str, object]] = [
     ("prefixes.allow", [], "prefixes_allow", ()),
     ("prefixes.deny", ["a"], "prefixes_deny", ("a",)),
     ("prefixes.deny", None, "prefixes_deny", ()),
+    ("spans.enabled", True, "spans_enabled", True),
+    ("spans.enabled", False, "spans_enabled", False),
+    ("spans.task-key", False, "spans_task_key", False),
+    ("spans.keep.peak", "8GiB", "spans_keep_peak", 8 * 2**30),
+    ("spans.keep.growth", 1000, "spans_keep_growth", 1000),
+    ("spans.keep.largest", 5, "spans_keep_largest", 5),
+    ("shutdown-timeout", "300ms", "shutdown_timeout", 0.3),
+    ("shutdown-timeout", 0, "shutdown_timeout", 0.0),
     ("worker-metrics", "auto", "worker_metrics", "auto"),
     ("worker-metrics", "full", "worker_metrics", "full"),
     ("worker-metrics", "totals", "worker_metrics", "totals"),
@@ -208,6 +222,14 @@ BAD: list[tuple[str, object, str]] = [
     ("prefixes.deny", [1], "is not a list of patterns"),
     ("jemalloc", 1, "is not true, false or the path of libjemalloc.so.2"),
     ("jemalloc", " ", "is not true, false or the path of libjemalloc.so.2"),
+    ("spans.enabled", "yes", "is not auto, true or false"),
+    ("spans.task-key", "no", "is not true or false"),
+    ("spans.keep.peak", 0, "is not a size above 0, such as 1GiB"),
+    ("spans.keep.peak", "", "is not a size above 0, such as 1GiB"),
+    ("spans.keep.growth", True, "is not a size above 0, such as 1GiB"),
+    ("spans.keep.largest", -1, "is not a whole number from 0 to 1000"),
+    ("shutdown-timeout", 61, "is not a time span from 0s to 60s"),
+    ("shutdown-timeout", True, "is not a time span from 0s to 60s"),
     ("worker-metrics", "on", "is not one of auto, full, totals, off"),
     ("worker-metrics", True, "is not one of auto, full, totals, off"),
     ("worker-metrics", ["full"], "is not one of auto, full, totals, off"),
@@ -215,6 +237,9 @@ BAD: list[tuple[str, object, str]] = [
 
 #: Wrong values that JSON Schema has no words for; the checks refuse them all the same.
 BEYOND_SCHEMA: list[tuple[str, object, str]] = [
+    ("spans.keep.peak", "much", "is not a size above 0, such as 1GiB"),
+    ("shutdown-timeout", "5m", "is not a time span from 0s to 60s, such as '1.5s'"),
+    ("shutdown-timeout", "soon", "is not a time span from 0s to 60s"),
     ("maximum-window", "5s", "is not a time span from 10s to 1 day"),
     ("maximum-window", "25h", "is not a time span from 10s to 1 day"),
     ("maximum-window", "10 apples", "is not a time span from 10s to 1 day"),
@@ -310,6 +335,9 @@ def test_settings_from_the_environment(tmp_path: Path) -> None:
             "DASK_MEMUSAGE__MAXIMUM_WINDOW": "5m",
             "DASK_MEMUSAGE__BUCKETS": "['1MiB', '2MiB']",
             "DASK_MEMUSAGE__WORKER_METRICS": "off",
+            "DASK_MEMUSAGE__SHUTDOWN_TIMEOUT": "2s",
+            "DASK_MEMUSAGE__SPANS__ENABLED": "true",
+            "DASK_MEMUSAGE__SPANS__KEEP__GROWTH": "1GiB",
         },
         tmp_path,
     )
@@ -318,7 +346,9 @@ def test_settings_from_the_environment(tmp_path: Path) -> None:
         "kernel_reset=False, jemalloc=False, trim=0.1, flight_directory='a/volume', "
         "prefixes_allow=('a*', 'b'), "
         "prefixes_deny=('ab',), max_prefixes=7, maximum_window=300.0, "
-        "buckets=(1048576, 2097152), worker_metrics='off')"
+        "buckets=(1048576, 2097152), worker_metrics='off', "
+        "shutdown_timeout=2.0, spans_enabled=True, spans_task_key=True, spans_keep_peak=None, "
+        "spans_keep_growth=1073741824, spans_keep_largest=0)"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -159,11 +159,15 @@ def test_code_on_the_event_loop() -> None:
     inside: list[str] = []
     entered: list[str] = []
 
+    raised: list[Any] = []
+    names: list[str | None] = []
+
     @contextmanager
-    def running() -> Iterator[None]:
+    def running(name: str | None) -> Iterator[Callable[[Any], None]]:
+        names.append(name)
         entered.append("in")
         try:
-            yield
+            yield raised.append
         finally:
             entered.append("out")
 
@@ -172,13 +176,15 @@ def test_code_on_the_event_loop() -> None:
         return function()
 
     async def actor_execute(actor: str, function: str, kwargs: Any = None) -> Any:
+        if function == "raises":
+            return {"status": "error", "exception": SimpleNamespace(data=function)}
         return function
 
     worker = SimpleNamespace(
         handlers={"run": run, "actor_execute": actor_execute},
         state=SimpleNamespace(actors={"key": Actor()}),
     )
-    seam.listen_on_loop(worker, running)
+    seam.listen_on_loop(worker, running, raised.append)
     # distributed looks at the first argument's name and at the handler's.
     assert list(inspect.signature(worker.handlers["run"]).parameters) == ["comm", "function"]
     assert worker.handlers["run"].__name__ == "run"
@@ -197,3 +203,9 @@ def test_code_on_the_event_loop() -> None:
         call = worker.handlers["actor_execute"](actor="key", function=function, kwargs=kwargs)
         assert asyncio.run(call) == function
         assert bool(entered) == on_loop
+    assert names == [None, None, "key.method", "key.coroutine"]
+    # What an actor's method has raised is told, on the loop and on a thread.
+    for kwargs in ({"separate_thread": False}, {}):
+        call = worker.handlers["actor_execute"](actor="key", function="raises", kwargs=kwargs)
+        assert asyncio.run(call)["status"] == "error"
+    assert raised == ["raises"] * 2

@@ -116,6 +116,8 @@ class Bracket:
 
     #: Whatever its maker wants to find again.
     tag: Any = None
+    #: Its maker's span of the task, where it makes one.
+    span: Any = None
     #: Whether the process had no page fault in the window. Then nothing new has become resident,
     #: by anybody, and most of what could be asked does not matter.
     quiet = False

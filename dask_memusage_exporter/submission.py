@@ -1,0 +1,135 @@
+"""The client's side of a trace: the current span travels with what is submitted.
+
+The tasks of a computation become children of the span that is current when it is submitted, by a
+W3C ``traceparent`` among the annotations that distributed sends beside the graph, so that no
+optimization and no fusion loses them.
+
+Covers: everything that a client submits; Dask's own spans (``distributed.span``) as real ones.
+Does not cover: ``span`` where it was imported by name before (``from distributed import span``).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import dask
+import distributed
+from distributed import Client, spans
+
+from dask_memusage_exporter import __version__
+
+#: Whether the instrumentor is on, and whether we are in a block of :func:`traced`.
+_always = False
+_traced: ContextVar[bool] = ContextVar("memusage-traced", default=False)
+
+_originals: dict[str, Any] = {}
+
+# Untyped, and a method of the class is replaced.
+_dask: Any = dask
+_Client: Any = Client
+
+
+@contextmanager
+def traced(name: str | None = None) -> Iterator[None]:
+    """Make tasks that are submitted in this block children of the span that is current then.
+
+    For a client without an instrumentor (see :mod:`dask_memusage_exporter.instrumentor`).
+
+    Parameters
+    ----------
+    name
+        Start a span of this name around the block; None: the application's own spans are enough.
+
+    Examples
+    --------
+    >>> with tracer.start_as_current_span("nightly"), traced():  # doctest: +SKIP
+    ...     ddf.compute()
+    """
+    _wrap_submission()
+    token = _traced.set(True)
+    try:
+        with ExitStack() as stack:
+            if name is not None:
+                stack.enter_context(_tracer().start_as_current_span(name))
+            yield
+    finally:
+        _traced.reset(token)
+
+
+def carrier() -> dict[str, str]:
+    """Return the annotations that make the current span the parent; empty where there is none."""
+    if "opentelemetry.trace" not in sys.modules:
+        return {}
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    annotations: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(annotations)
+    return annotations
+
+
+def wrap() -> None:
+    """Do it for everything that this process submits from now on; harmless twice."""
+    global _always
+    _always = True
+    _wrap_submission()
+    if "span" not in _originals:
+        _originals["span"] = spans.span
+        # Both names: the module's own and the public one.
+        spans.span = distributed.span = _real_span(spans.span)
+
+
+def unwrap() -> None:
+    """Leave distributed as it was."""
+    global _always
+    _always = False
+    if "span" in _originals:
+        spans.span = distributed.span = _originals.pop("span")
+    if "submit" in _originals:
+        _Client._graph_to_futures = _originals.pop("submit")
+
+
+def _wrap_submission() -> None:
+    """Wrap the one method by which a client submits anything; there is no public place for it."""
+    if "submit" in _originals:
+        return
+    submit = _originals["submit"] = _Client._graph_to_futures
+
+    @functools.wraps(submit)
+    def with_parent(self: Client, *args: Any, **kwargs: Any) -> Any:
+        annotations = {}
+        if (_always or _traced.get()) and "traceparent" not in _dask.get_annotations():
+            annotations = carrier()
+        with _dask.annotate(**annotations):
+            return submit(self, *args, **kwargs)
+
+    _Client._graph_to_futures = with_parent
+
+
+def _real_span(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``distributed.span`` with a real span around it for each of its tags."""
+
+    @functools.wraps(original)
+    @contextmanager
+    def span(*tags: str) -> Iterator[str]:
+        with ExitStack() as stack:
+            # First: it has its own word for tags that are none.
+            span_id = stack.enter_context(original(*tags))
+            tracer, real = _tracer(), None
+            for tag in tags:
+                real = stack.enter_context(tracer.start_as_current_span(tag))
+            if real is not None:
+                real.set_attribute("dask.span.id", span_id)
+            yield span_id
+
+    return span
+
+
+def _tracer() -> Any:
+    from opentelemetry.trace import get_tracer
+
+    return get_tracer("dask_memusage_exporter", __version__)

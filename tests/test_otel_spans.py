@@ -1,0 +1,387 @@
+"""A span a task: what it says, whose child and whose parent it is, and what it must not do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dask
+import pytest
+from distributed import Client, span
+
+from dask_memusage_exporter import install
+from tests import tasks
+from tests.conftest import (
+    Measured,
+    Metrics,
+    Records,
+    cluster_total,
+    local_cluster,
+    measured,
+    scheduler_port,
+    wait_until,
+)
+from tests.receivers import Received, Span, receiver, variables
+from tests.tasks import Gate
+
+CONSUMER, UNSET, ERROR = 5, 0, 2
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@contextmanager
+def spanned(
+    protocol: str = "http/protobuf",
+    config: dict[str, Any] | None = None,
+    env: dict[str, str] | None = None,
+    **options: Any,
+) -> Iterator[tuple[Measured, Received]]:
+    """Hold a measured cluster that sends spans, and only these, to a receiver."""
+    with receiver(protocol) as received, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("OTEL_")]:
+            patch.delenv(name)
+        more = {"OTEL_EXPORTER_OTLP_PROTOCOL": protocol, "OTEL_METRICS_EXPORTER": "none"}
+        for name, value in variables(received.endpoint, **{**more, **(env or {})}).items():
+            patch.setenv(name, value)
+        with measured(config, **options) as cluster:
+            yield cluster, received
+
+
+@pytest.fixture(scope="module")
+def sent() -> Iterator[tuple[Measured, Received]]:
+    """A cluster of two threads whose spans go to a receiver."""
+    with spanned(threads_per_worker=2) as both:
+        yield both
+
+
+def one_span(received: Received, name: str, count: int = 1) -> Span:
+    """Return the only span of a name, once it has come."""
+    spans = wait_until(lambda: len(received.spans(name)) >= count and received.spans(name))
+    assert len(spans) == count, spans
+    return spans[-1]
+
+
+def test_a_span_says_what_its_record_says(sent: tuple[Measured, Received]) -> None:
+    """All attributes of the contract, the task's own times, one span an execution."""
+    cluster, received = sent
+    with span("etl", "load"):
+        source = cluster.client.submit(tasks.made, 2, key="source-1")
+        cluster.client.submit(tasks.nothing, source, key="spanned-1").result()
+    (record,) = cluster.records.of("spanned")
+    one = one_span(received, "spanned")
+    assert one.data.kind == CONSUMER
+    assert one.data.status.code == UNSET
+    assert not one.data.parent_span_id
+    assert 0 <= record.start - one.data.start_time_unix_nano / 1e9 < 0.05
+    assert abs(record.stop - one.data.end_time_unix_nano / 1e9) < 1e-5
+    assert record.input_bytes == 2 * 2**20 + 96 or record.input_bytes
+    expected = {
+        "dask.task.key": "spanned-1",
+        "dask.task.prefix.name": "spanned",
+        "dask.task.group.name": "spanned",
+        "dask.task.memory.peak": record.peak_bytes,
+        "dask.task.memory.growth": record.growth_bytes,
+        "dask.task.memory.start": record.start_bytes,
+        "dask.task.memory.scope": record.scope,
+        "dask.task.concurrency": record.concurrency,
+        "dask.task.input.size": record.input_bytes,
+        "dask.task.output.size": record.output_bytes,
+        "dask.span.id": record.span_id,
+        "dask.span.tags": ["etl", "load"],
+    }
+    assert one.attributes == {name: v for name, v in expected.items() if v is not None}
+    assert record.span_id
+    address = next(iter(cluster.cluster.scheduler.workers))
+    assert one.resource["dask.worker.address"] == address
+    assert one.resource["service.name"] == "dask-worker"
+
+
+def test_every_execution_has_one(sent: tuple[Measured, Received]) -> None:
+    """Many short tasks; retries, one an attempt, failures with what they raised."""
+    cluster, received = sent
+    keys = [f"many-{i}" for i in range(300)]
+    cluster.client.gather(cluster.client.map(tasks.nothing, range(300), key=keys))
+    wait_until(lambda: len(received.spans("many")) == 300)
+    assert {one.attributes["dask.task.key"] for one in received.spans("many")} == set(keys)
+    assert len({one.data.trace_id for one in received.spans("many")}) == 300
+
+
+def test_retries_and_failures(sent: tuple[Measured, Received], go: Gate) -> None:
+    """One span an attempt; a failure has status, type and the exception as an event."""
+    cluster, received = sent
+    path = go.path + ".count"
+    cluster.client.submit(tasks.fail_twice, path, 1, key="retried-1", retries=2).result()
+    one_span(received, "retried", 3)
+    client = cluster.client
+    assert client.submit(tasks.coroutine, 1, error=True, key="awaited-1").exception() is not None
+    assert one_span(received, "awaited").attributes["error.type"] == "ValueError"
+    failed = [s for s in received.spans("retried") if s.data.status.code == ERROR]
+    assert len(failed) == 2
+    for one in failed:
+        assert one.attributes["error.type"] == "ValueError"
+        assert one.data.status.message == "ValueError: on purpose"
+        (event,) = one.data.events
+        about = {a.key: a.value.string_value for a in event.attributes}
+        assert event.name == "exception"
+        assert about["exception.type"] == "ValueError"
+        assert about["exception.message"] == "on purpose"
+        assert "fail_twice" in about["exception.stacktrace"]
+
+
+def test_a_rescheduled_task_has_not_failed(sent: tuple[Measured, Received], go: Gate) -> None:
+    """Its status is unset."""
+    cluster, received = sent
+    path = go.path + ".count"
+    cluster.client.submit(tasks.reschedule_once, path, 1, key="rescheduled-1").result()
+    one_span(received, "rescheduled", 2)
+    assert {s.data.status.code for s in received.spans("rescheduled")} == {UNSET}
+
+
+def test_a_traceparent_is_the_parent(sent: tuple[Measured, Received]) -> None:
+    """A W3C annotation makes the task part of a trace; a broken one does not."""
+    cluster, received = sent
+    with dask.annotate(traceparent=TRACEPARENT):
+        cluster.client.submit(tasks.nothing, key="traced-1").result()
+    with dask.annotate(traceparent="00-nonsense"):
+        cluster.client.submit(tasks.nothing, key="broken-1").result()
+    one = one_span(received, "traced")
+    assert one.data.trace_id.hex() == TRACEPARENT.split("-")[1]
+    assert one.data.parent_span_id.hex() == TRACEPARENT.split("-")[2]
+    assert not one_span(received, "broken").data.parent_span_id
+
+
+def test_a_span_is_current_in_its_task_and_nowhere_else(
+    sent: tuple[Measured, Received], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks that raise, secede, wait for others, coroutines, actors: nothing is left behind."""
+    cluster, received = sent
+    client = cluster.client
+    trace, current = client.submit(tasks.current_span, key="current-1").result()
+    one = one_span(received, "current")
+    assert (trace, current) == (
+        int.from_bytes(one.data.trace_id, "big"),
+        int.from_bytes(one.data.span_id, "big"),
+    )
+    assert client.submit(tasks.fail, 1, key="raises-1").exception() is not None
+    client.submit(tasks.secede_and_rejoin, 1, 1, key="secedes-1").result()
+    client.submit(tasks.with_worker_client, 2, 1, key="outer-1").result()
+    client.submit(tasks.coroutine, 1, key="coroutine-1").result()
+    actor = client.submit(tasks.Actor, actor=True).result()
+    with pytest.raises(ValueError, match="on purpose"):
+        actor.fail(1).result()
+    actor.on_loop(1).result()
+    # The client's own thread has nothing to do with it; executors' threads and the loop are clean.
+    assert list(client.run(tasks.current_span).values()) == [(0, 0)]
+    assert list(client.run(executors_current).values()) == [{"default": (0, 0)}]
+    for name in ("raises", "secedes", "outer", "coroutine"):
+        one_span(received, name)
+    one_span(received, "inner", 2)
+    for one in received.spans():
+        if one.name != "traced":
+            assert not one.data.parent_span_id, one.name
+    (log,) = client.get_worker_logs().values()
+    assert not [line for _, line in log if "dask-memusage" in line and "failed" in line]
+    said = capfd.readouterr()
+    assert "Failed to detach context" not in said.out + said.err
+
+
+def executors_current(dask_worker: Any) -> dict[str, tuple[int, int]]:
+    return {
+        "default": dask_worker.executors["default"].submit(tasks.current_span).result(),
+    }
+
+
+def test_an_actors_methods_have_spans(sent: tuple[Measured, Received]) -> None:
+    """On a thread, on the event loop, and where they raise."""
+    cluster, received = sent
+    actor = cluster.client.submit(tasks.Spanned, actor=True).result()
+    on_thread = actor.on_thread("none").result()
+    on_loop = actor.on_loop("none").result()
+    with pytest.raises(ValueError, match="on purpose"):
+        actor.raises().result()
+    for name, current in (("on_thread", on_thread), ("on_loop", on_loop)):
+        one = one_span(received, f"Spanned.{name}")
+        assert int.from_bytes(one.data.span_id, "big") == current[1]
+        assert one.data.end_time_unix_nano >= one.data.start_time_unix_nano
+    failed = one_span(received, "Spanned.raises")
+    assert failed.data.status.code == ERROR
+    assert failed.attributes["error.type"] == "ValueError"
+
+
+# -- as an application's guest ---------------------------------------------------------------------
+
+
+@contextmanager
+def guest(received: Received, config: dict[str, Any] | None = None, **own: Any) -> Iterator[Any]:
+    """Hold a measured cluster whose worker has a TracerProvider of its own from the start."""
+    with local_cluster() as cluster, Client(cluster) as client:
+        client.run(tasks.set_own_tracer, received.endpoint, **own)
+        records = Records()
+        with dask.config.set(config or {}):
+            install(cluster.scheduler)
+            cluster.scheduler.extensions["memusage"].add_sink(records)
+            install(cluster.scheduler)
+        yield Measured(cluster, client, records)
+
+
+@pytest.fixture
+def received() -> Iterator[Received]:
+    """A receiver of an application's spans; no variable says anything of it."""
+    with receiver() as one:
+        yield one
+
+
+@pytest.mark.ends
+def test_instrumented_libraries_nest_under_the_task(received: Received) -> None:
+    """Their spans are its children, through the application's provider; each is there once."""
+    with guest(received, log=True) as cluster:
+        client = cluster.client
+        client.submit(tasks.starts_child, "query", key="nesting-1").result()
+        parent = one_span(received, "nesting")
+        child = one_span(received, "query")
+        assert child.data.parent_span_id == parent.data.span_id
+        assert child.data.trace_id == parent.data.trace_id
+        assert parent.resource["service.name"] == "application"
+        (address,) = cluster.cluster.scheduler.workers
+        assert parent.attributes["dask.worker.address"] == address
+        assert parent.attributes["dask.worker.name"] == "0"
+        # An exception is a log record where the application takes those.
+        assert client.submit(tasks.fail, 1, key="logs-1").exception() is not None
+        failed = one_span(received, "logs")
+        assert failed.data.status.code == ERROR
+        if not failed.data.events:  # an SDK of before that has no such records
+            ((name, about, span_id),) = next(iter(client.run(tasks.logged).values()))
+            assert (name, about["exception.type"]) == ("exception", "ValueError")
+            assert span_id == int.from_bytes(failed.data.span_id, "big")
+
+
+def test_an_application_that_comes_later_is_followed(
+    received: Received, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each task has one span, by ours before and by the application's after."""
+    with spanned() as (cluster, ours):
+        client = cluster.client
+        client.submit(tasks.nothing, key="early-1").result()
+        client.run(tasks.set_own_tracer, received.endpoint)
+        count = 0
+
+        def followed() -> bool:
+            nonlocal count
+            count += 1
+            client.submit(tasks.nothing, key=f"late-{count}").result()
+            return bool(received.spans("late"))
+
+        wait_until(followed)
+        client.submit(tasks.nothing, key="then-1").result()
+        one_span(received, "then")
+        one_span(ours, "early")
+        wait_until(lambda: len(received.spans("late")) + len(ours.spans("late")) == count)
+        assert not ours.spans("then")
+    said = capfd.readouterr()
+    assert "verriding" not in said.out + said.err
+
+
+def test_a_slow_processor_holds_nobody_up(received: Received) -> None:
+    """It sleeps a second at each end; a task and the event loop know nothing of it."""
+    with guest(received, delay=1.0) as cluster:
+        began = time.monotonic()
+        keys = [f"slow-{i}" for i in range(20)]
+        cluster.client.gather(cluster.client.map(tasks.nothing, range(20), key=keys))
+        assert time.monotonic() - began < 2
+        wait_until(lambda: len(received.spans("slow")) >= 1)
+
+
+def test_a_filter_keeps_what_stands_out(received: Received) -> None:
+    """Large, failed, among the largest, and parents, though they are small themselves."""
+    config = {
+        "memusage.spans.keep.growth": "60MiB",
+        "memusage.spans.keep.largest": 1,
+        "memusage.spans.task-key": False,
+    }
+    with guest(received, config) as cluster:
+        client = cluster.client
+
+        def run(function: Any, argument: Any, key: str) -> None:
+            client.submit(function, argument, key=key).exception()
+
+        run(tasks.array, 40, "first-1")  # the largest of its prefix so far
+        run(tasks.array, 1, "first-2")
+        run(tasks.array, 1, "first-3")
+        run(tasks.array, 100, "first-4")
+        run(tasks.fail, 1, "failing-1")
+        for i in range(3):
+            run(tasks.starts_child, "child", f"parent-{i}")
+        run(tasks.array, 100, "last-1")
+        one_span(received, "last")
+        assert len(received.spans("parent")) == 3
+        assert len(received.spans("failing")) == 1
+        assert len(received.spans("first")) == 2
+        assert not [s for s in received.spans() if "dask.task.key" in s.attributes]
+        wait_until(lambda: cluster_total(
+            cluster.cluster, "dask_worker_task_memory_tasks_total", task_prefix_name="first"
+        ) == 4)  # fmt: skip
+
+
+# -- variables, settings, failures -----------------------------------------------------------------
+
+
+@pytest.mark.ends
+def test_over_grpc_with_a_sampler() -> None:
+    """A sampler drops what it drops and nothing counts as lost; parents' decisions stand."""
+    env = {"OTEL_TRACES_SAMPLER": "parentbased_always_off"}
+    with spanned("grpc", env=env) as (cluster, received):
+        cluster.client.submit(tasks.nothing, key="unsampled-1").result()
+        with dask.annotate(traceparent=TRACEPARENT):
+            cluster.client.submit(tasks.nothing, key="sampled-1").result()
+        one_span(received, "sampled")
+        assert not received.spans("unsampled")
+        lost = "dask_worker_task_memory_dropped_records_total"
+        assert cluster_total(cluster.cluster, lost) == 0
+
+
+def test_spans_can_be_switched_off() -> None:
+    """Whatever the variables say; nothing is imported then."""
+    with spanned(config={"memusage.spans.enabled": False}) as (cluster, _):
+        cluster.client.submit(tasks.nothing, key="off-1").result()
+        assert list(cluster.client.run(tasks.opentelemetry_modules).values()) == [[]]
+
+
+def test_a_stuck_exporter_delays_nothing_and_its_losses_are_counted() -> None:
+    """Twice as many tasks as the queue takes, and a receiver that never answers; then the end."""
+    env = {"OTEL_EXPORTER_OTLP_TIMEOUT": "60", "OTEL_BSP_MAX_QUEUE_SIZE": "512"}
+    with spanned(env=env) as (cluster, received):
+        received.answers.clear()
+        client = cluster.client
+        client.submit(tasks.nothing, key="stuck-first").result()
+        wait_until(lambda: received.arrived)
+        keys = [f"stuck-{i}" for i in range(1000)]
+        client.gather(client.map(tasks.nothing, range(1000), key=keys))
+        assert received.arrived == 1  # all of it while the first waits for its answer
+        lost = {"reason": "span_export"}
+        worker = "dask_worker_task_memory_dropped_records_total"
+        wait_until(lambda: cluster_total(cluster.cluster, worker, **lost) == 1000 - 512)
+        wait_until(lambda: not cluster.cluster.scheduler.tasks, what="results to be let go")
+        began = time.monotonic()
+        client.run(close_soon)
+        wait_until(lambda: not cluster.cluster.scheduler.workers)
+        assert time.monotonic() - began < 4
+        port = scheduler_port(cluster.cluster)
+        scheduler = "dask_scheduler_task_memory_dropped_records_total"
+        wait_until(lambda: Metrics.read(port).get_value(scheduler, **lost) == 1001)
+
+
+def close_soon(dask_worker: Any) -> None:
+    dask_worker.loop.add_callback(dask_worker.close, nanny=True)
+
+
+def test_a_forked_child_sends_no_span() -> None:
+    """One that lives for several intervals: it sends nothing, and ends as if we were not there."""
+    with spanned(config={"distributed.worker.daemon": False}) as (cluster, received):
+        cluster.client.submit(tasks.fork_holds, 1, 0.7, key="forks-1").result()
+        cluster.client.submit(tasks.nothing, key="then-1").result()
+        one_span(received, "then")
+        one_span(received, "forks")
+        assert len(received.spans()) == 2

@@ -1,0 +1,186 @@
+"""One trace a computation: what a client submits belongs to the span that is current there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import dask
+import dask.array as da
+import distributed
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from dask_memusage_exporter import submission, traced
+from dask_memusage_exporter.instrumentor import DaskMemusageInstrumentor
+from tests import tasks
+from tests.conftest import Measured, wait_until
+from tests.receivers import Received, receiver, variables
+from tests.servers import Servers
+from tests.test_otel_spans import one_span, spanned
+
+
+@pytest.fixture(scope="module")
+def sent() -> Iterator[tuple[Measured, Received]]:
+    """A cluster of two workers whose spans go to a receiver."""
+    with spanned(n_workers=2) as both:
+        yield both
+
+
+class Application:
+    """A client's own traces, kept where a test finds them."""
+
+    def __init__(self) -> None:
+        self.exporter = InMemorySpanExporter()
+        self.provider = TracerProvider(shutdown_on_exit=False)
+        self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.tracer = self.provider.get_tracer("application")
+
+    def ids(self) -> dict[str, tuple[str, str]]:
+        """Return trace and span id of what has ended, in hexadecimal, by name."""
+        return {
+            span.name: (f"{span.context.trace_id:032x}", f"{span.context.span_id:016x}")
+            for span in self.exporter.get_finished_spans()
+        }
+
+
+@pytest.fixture
+def application(monkeypatch: pytest.MonkeyPatch) -> Application:
+    """An application whose provider is the one in use here, for as long as a test runs."""
+    own = Application()
+    # The API takes a global provider once a process.
+    monkeypatch.setattr(submission, "_tracer", lambda: own.tracer)
+    return own
+
+
+@pytest.fixture
+def instrumented() -> Iterator[None]:
+    """A client's process under `opentelemetry-instrument`."""
+    instrumentor = DaskMemusageInstrumentor()
+    instrumentor.instrument()
+    yield
+    instrumentor.uninstrument()
+    assert distributed.Client._graph_to_futures.__qualname__ == "Client._graph_to_futures"
+    assert not hasattr(distributed.Client._graph_to_futures, "__wrapped__")
+
+
+@pytest.mark.ends
+def test_tasks_are_children_of_the_current_span(
+    sent: tuple[Measured, Received], application: Application, instrumented: None
+) -> None:
+    """Submitted futures and computed collections, optimized and fused, on all workers alike."""
+    cluster, received = sent
+    with application.tracer.start_as_current_span("nightly"):
+        cluster.client.submit(tasks.nothing, key="submitted-1").result()
+        array = da.ones((40, 40), chunks=(10, 10))
+        ((array + 1) * 2).sum().compute(scheduler=cluster.client)
+    cluster.client.submit(tasks.nothing, key="alone-1").result()
+    trace, parent = application.ids()["nightly"]
+    alone = one_span(received, "alone")
+    assert not alone.data.parent_span_id
+    computed = wait_until(lambda: len(cluster.records) - 1 == len(
+        [s for s in received.spans() if s.data.trace_id.hex() == trace]
+    ) and received.spans())  # fmt: skip
+    assert len(computed) > 17
+    for one in computed:
+        if one.name != "alone":
+            assert (one.data.trace_id.hex(), one.data.parent_span_id.hex()) == (trace, parent)
+
+
+def test_dasks_own_spans_are_real_ones(
+    sent: tuple[Measured, Received], application: Application, instrumented: None
+) -> None:
+    """With their names, one in the other, and the tasks below the innermost."""
+    cluster, received = sent
+    with distributed.span("etl", "load") as span_id:
+        cluster.client.submit(tasks.nothing, key="loaded-1").result()
+    loaded = one_span(received, "loaded")
+    ids = application.ids()
+    assert loaded.data.parent_span_id.hex() == ids["load"][1]
+    assert loaded.attributes["dask.span.id"] == span_id
+    by_name = {span.name: span for span in application.exporter.get_finished_spans()}
+    assert by_name["load"].parent.span_id == by_name["etl"].context.span_id
+    assert by_name["load"].attributes["dask.span.id"] == span_id
+    with pytest.raises(ValueError, match="at least one span tag"), distributed.span():
+        pass
+
+
+def test_by_hand(sent: tuple[Measured, Received], application: Application) -> None:
+    """`traced` does it for a block, with a span of its own or an application's."""
+    cluster, received = sent
+    with traced("named"):
+        cluster.client.submit(tasks.nothing, key="inside-1").result()
+        with application.tracer.start_as_current_span("inner"):
+            cluster.client.submit(tasks.nothing, key="deeper-1").result()
+    with application.tracer.start_as_current_span("unrelated"):
+        cluster.client.submit(tasks.nothing, key="outside-1").result()
+    ids = application.ids()
+    assert one_span(received, "inside").data.parent_span_id.hex() == ids["named"][1]
+    assert one_span(received, "deeper").data.parent_span_id.hex() == ids["inner"][1]
+    assert not one_span(received, "outside").data.parent_span_id
+    submission.unwrap()
+
+
+def test_workers_of_an_instrumented_process_measure(instrumented: None) -> None:
+    """The preload is configured beside those that are."""
+    assert "dask_memusage_exporter" in dask.config.get("distributed.worker.preload")
+
+
+#: What a distribution of OpenTelemetry's has: it sets the SDK up by the variables.
+CONFIGURATOR = """
+from opentelemetry.sdk._configuration import _OTelSDKConfigurator
+
+class Configurator(_OTelSDKConfigurator):
+    pass
+"""
+
+ENTRY_POINTS = """
+[opentelemetry_configurator]
+configurator = a_distribution:Configurator
+
+[opentelemetry_instrumentor]
+dask-memusage = dask_memusage_exporter.instrumentor:DaskMemusageInstrumentor
+"""
+
+INSTRUMENT = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"
+
+
+def test_a_worker_under_opentelemetry_instrument(tmp_path: Path) -> None:
+    """No preload, no plugin: it measures, by the one provider that is set up there, once a task."""
+    distribution = tmp_path / "distribution"
+    about = distribution / "a_distribution-1.dist-info"
+    about.mkdir(parents=True)
+    (distribution / "a_distribution.py").write_text(CONFIGURATOR)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: a-distribution\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+    paths = [str(distribution), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    servers = Servers(tmp_path)
+    try:
+        with receiver() as received:
+            env = variables(
+                received.endpoint,
+                PYTHONPATH=os.pathsep.join(path for path in paths if path),
+                OTEL_SERVICE_NAME="under",
+                OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+                OTEL_TRACES_EXPORTER="otlp",
+                OTEL_METRICS_EXPORTER="otlp",
+            )
+            servers.scheduler()
+            under = (sys.executable, "-c", INSTRUMENT)
+            worker = servers.worker("--no-nanny", env=env, under=under)
+            servers.client.wait_for_workers(1, timeout=30)
+            servers.client.submit(tasks.starts_child, "library", key="under-1").result()
+            parent, child = one_span(received, "under"), one_span(received, "library")
+            assert child.data.parent_span_id == parent.data.span_id
+            peak = "dask.worker.task.memory.peak"
+            wait_until(lambda: received.total(peak, "under") == 1)
+            assert {point.resource["service.name"] for point in received.points()} == {"under"}
+            assert worker.stop() == 0
+            assert "Traceback" not in worker.log
+            assert "verriding" not in worker.log
+    finally:
+        servers.close()
