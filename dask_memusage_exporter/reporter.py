@@ -88,6 +88,7 @@ class Reporter:
         """Count a record, and send it where rows are wanted."""
         if self._process is None or self._batch is None:
             return
+        self._make()  # in their order: the first prefixes get the labels
         self._observe(record)
         self._expect()
         # Ahead of the task-finished message: rows are there when the client hears of the task.
