@@ -158,13 +158,13 @@ def _try(preload: str, pythonmalloc: str, stamps: tuple[tuple[int, int], ...]) -
     if done.returncode == 0:
         return
     said = done.stderr.strip().splitlines()
-    last = said[-1].removeprefix("OSError: ") if said else f"status {done.returncode}"
+    last = said[-1].removeprefix("OSError: ") if said else f"exit status {done.returncode}"
     for line in said:
         if "cannot be preloaded" in line:  # ld.so's own words, which say why
             raise _NotLoadedError(line.removeprefix("ERROR: ld.so: ").rstrip("."))
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise JemallocError(f"{preload}: a process that starts with it ends by {name} ({last})")
+        by = signal.strsignal(-done.returncode)
+        raise JemallocError(f"{preload}: a process that starts with it dies: {by} ({last})")
     raise JemallocError(
         f"{preload}: a process that starts with it does not know its threads' peaks ({last})"
     )
