@@ -123,6 +123,10 @@ class Servers:
         workers = self.client.scheduler_info()["workers"]
         return [worker["services"]["dashboard"] for worker in workers.values()]
 
+    def lines(self, containing: str) -> list[str]:
+        """Return the lines of the scheduler's log that contain a text."""
+        return self._scheduler.lines(containing)
+
     def kill_scheduler(self) -> None:
         """End the scheduler's process as the kernel does."""
         self._scheduler.process.kill()

@@ -16,7 +16,7 @@ import yaml
 from distributed import Client
 
 from dask_memusage_exporter import install, nanny
-from tests.conftest import Measured, local_cluster, measured, wait_until
+from tests.conftest import Measured, local_cluster, measured, run_cli, wait_until
 from tests.servers import Servers
 
 #: What stands in for libraries that no machine has all of, in C.
@@ -179,20 +179,17 @@ def test_a_process_that_was_started_with_it(
 ) -> None:
     """It measures by the kernel, and tells what LD_PRELOAD has and what came of it."""
     path = library(name)
-    probe = (
-        "from dask_memusage_exporter.measure import choose; print(choose('auto', kernel_reset=1))"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", probe],
+    done = run_cli(
+        *("memusage", "doctor", "--json"),
         env={**os.environ, "LD_PRELOAD": path, "PYTHONMALLOC": "malloc"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    ).stdout
-    assert said.startswith("Chosen(name='kernel'")
-    assert says in said
-    assert (f"LD_PRELOAD has {path}" in said) == ("which" in says)
+    )
+    found = json.loads(done.stdout)
+    assert found["machine"]["source"] == "kernel"
+    assert says in found["machine"]["why"]
+    assert (f"LD_PRELOAD has {path}" in found["machine"]["why"]) == ("which" in says)
+    (told,) = (one for one in found["advice"] if "jemalloc is not used" in one["text"])
+    assert says in told["text"]
+    assert done.returncode == 1
 
 
 # -- what the worker's process had before ------------------------------------------------
@@ -207,9 +204,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     servers.close()
 
 
-def _join(servers: Servers, name: str, **options: Any) -> int:
+def _join(servers: Servers, name: str, *arguments: str, **options: Any) -> int:
     """Start a worker and return its process's id."""
-    servers.worker("--name", name, **options)
+    servers.worker("--name", name, *arguments, **options)
     return wait_until(lambda: _of(servers.client, name, os.getpid), what=name)
 
 
@@ -231,9 +228,8 @@ def test_what_workers_had_before(servers: Servers, jemalloc: str, tmp_path: Path
     already = _join(servers, "already", env=started_with)
     before = _join(servers, "theirs", env={"DASK_CONFIG": str(tmp_path)})
     install(servers.client, jemalloc=True)
-    servers.client.wait_for_workers(2)
     assert _of(servers.client, "already", _how) == (already, "jemalloc")
-    pid, source = _of(servers.client, "theirs", _how)
+    pid, source = wait_until(lambda: _of(servers.client, "theirs", _how), what="a restart")
     assert (pid != before, source) == (True, "jemalloc")
     environment, loaded = _of(servers.client, "theirs", _started_with)
     assert environment["LD_PRELOAD"] == f"{jemalloc}:{theirs}"
@@ -248,6 +244,14 @@ def test_what_workers_had_before(servers: Servers, jemalloc: str, tmp_path: Path
 def _started_with() -> tuple[dict[str, str], set[str]]:
     with open("/proc/self/maps") as maps:
         return dict(os.environ), {line.split()[-1] for line in maps if ".so" in line}
+
+
+def test_a_worker_on_an_old_one(servers: Servers, library: Callable[[str], str]) -> None:
+    """It comes up and is measured by the kernel."""
+    variables = {"LD_PRELOAD": library("old"), "PYTHONMALLOC": "malloc"}
+    pid = _join(servers, "old", "--no-nanny", env=variables)
+    install(servers.client)
+    assert _of(servers.client, "old", _how) == (pid, "kernel")
 
 
 def test_workers_without_a_nanny(caplog: pytest.LogCaptureFixture) -> None:
