@@ -95,6 +95,7 @@ def test_a_cluster_that_is_measured(make_cluster: Callable[..., LocalCluster]) -
     cluster = make_cluster(n_workers=2, threads_per_worker=2)
     install(cluster)
     found = doctor("--scheduler", cluster.scheduler_address)
+    assert found["cluster"]["address"] == cluster.scheduler_address
     assert found["cluster"]["sources"] == {"kernel": 2}
     assert found["cluster"]["scheduler"]["metrics_port"] == cluster.scheduler.http_server.port
     said = advice(found)

@@ -36,7 +36,7 @@ _NAMED = 3
 def doctor(*, address: str | None, as_json: bool) -> None:
     """Tell how memory is measured here and on every worker, why, and what would be better.
 
-    Exit status 1: something is not measured, or a setting is wrong.
+    Exit status 1: something is not measured, a setting is wrong, or jemalloc was asked for in vain.
     """
     advice: list[Advice] = []
     try:

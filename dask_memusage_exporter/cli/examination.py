@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -56,9 +57,10 @@ def examine(settings: Settings | None) -> Machine:
         else measure.choose(settings.source, kernel_reset=settings.kernel_reset)
     )
     chosen.source.close()
-    path = settings.jemalloc if settings is not None else None
+    wanted = None if settings is None else settings.jemalloc
     try:
-        variables, obstacle = nanny.environment(path if isinstance(path, str) else None), None
+        variables = nanny.environment(wanted if isinstance(wanted, str) else None)
+        obstacle = None
     except nanny.JemallocError as error:
         variables, obstacle = {}, str(error)
     return Machine(chosen.name, chosen.why, variables, obstacle, probe.started_with())
@@ -78,10 +80,11 @@ def ask(address: str) -> Cluster:
         with Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False) as client:
             workers = client.run(probe.worker, on_error="ignore")
             # By name: of all, those without a nanny would be given the others' answers.
-            with_nanny = [address for address, one in workers.items() if one["nanny"]]
-            nannies = client.run(probe.nanny, workers=with_nanny, nanny=True, on_error="ignore")
-            for address, refusal in nannies.items():
-                workers[address]["refusal"] = refusal
+            with_nanny = [worker for worker, one in workers.items() if one["nanny"]]
+            with suppress(KeyError):  # one has left meanwhile
+                nannies = client.run(probe.nanny, workers=with_nanny, nanny=True, on_error="ignore")
+                for worker, refusal in nannies.items():
+                    workers[worker]["refusal"] = refusal
             return Cluster(address, client.run_on_scheduler(probe.scheduler), workers)
     except (OSError, ValueError, asyncio.TimeoutError) as error:
         raise InputError(
