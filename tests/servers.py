@@ -127,6 +127,10 @@ class Servers:
         """Return the lines of the scheduler's log that contain a text."""
         return self._scheduler.lines(containing)
 
+    def addresses(self) -> dict[str, str]:
+        """Return the addresses of the workers that are connected now, by name."""
+        return self.client.run_on_scheduler(_addresses)
+
     def kill_scheduler(self) -> None:
         """End the scheduler's process as the kernel does."""
         self._scheduler.process.kill()
@@ -145,6 +149,10 @@ class Servers:
             except subprocess.TimeoutExpired:  # it waits for its tasks
                 server.process.kill()
                 server.process.wait()
+
+
+def _addresses(dask_scheduler: Any) -> dict[str, str]:
+    return {str(state.name): address for address, state in dask_scheduler.workers.items()}
 
 
 class Prometheus:

@@ -181,9 +181,7 @@ def test_workers_that_wanted_jemalloc(servers: Servers, jemalloc: str, tmp_path:
         servers.worker("--name", name, *arguments, env=environment)
     servers.client.wait_for_workers(len(starts))
     address = servers.identity()["address"]
-    workers = servers.client.scheduler_info(n_workers=-1)["workers"]
-    addresses = {one["name"]: address for address, one in workers.items()}
-
+    addresses = servers.addresses()
     # Before it is asked for nobody advises a worker of one thread to turn it on.
     assert "jemalloc=True" not in advice(doctor("--scheduler", address, code=1))
     install(servers.client, jemalloc=bad)

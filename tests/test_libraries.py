@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from distributed import Client
 
 from dask_memusage_exporter import install, nanny
 from tests.conftest import Measured, local_cluster, measured, run_cli, wait_until
@@ -207,13 +206,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 def _join(servers: Servers, name: str, *arguments: str, **options: Any) -> int:
     """Start a worker and return its process's id."""
     servers.worker("--name", name, *arguments, **options)
-    return wait_until(lambda: _of(servers.client, name, os.getpid), what=name)
+    return wait_until(lambda: _of(servers, name, os.getpid), what=name)
 
 
-def _of(client: Client, name: str, function: Callable[..., Any]) -> Any:
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    found = [address for address, one in workers.items() if one["name"] == name]
-    return client.run(function, workers=found, on_error="ignore").get(found[0]) if found else None
+def _of(servers: Servers, name: str, function: Callable[..., Any]) -> Any:
+    """Return what a function returns on the worker of a name; None where there is none yet."""
+    where = servers.addresses().get(name)
+    return where and servers.client.run(function, workers=[where], on_error="ignore").get(where)
 
 
 def test_what_workers_had_before(servers: Servers, jemalloc: str, tmp_path: Path) -> None:
@@ -228,17 +227,17 @@ def test_what_workers_had_before(servers: Servers, jemalloc: str, tmp_path: Path
     already = _join(servers, "already", env=started_with)
     before = _join(servers, "theirs", env={"DASK_CONFIG": str(tmp_path)})
     install(servers.client, jemalloc=True)
-    assert _of(servers.client, "already", _how) == (already, "jemalloc")
-    pid, source = wait_until(lambda: _of(servers.client, "theirs", _how), what="a restart")
+    assert _of(servers, "already", _how) == (already, "jemalloc")
+    pid, source = wait_until(lambda: _of(servers, "theirs", _how), what="a restart")
     assert (pid != before, source) == (True, "jemalloc")
-    environment, loaded = _of(servers.client, "theirs", _started_with)
+    environment, loaded = _of(servers, "theirs", _started_with)
     assert environment["LD_PRELOAD"] == f"{jemalloc}:{theirs}"
     assert environment["ARROW_DEFAULT_MEMORY_POOL"] == "mimalloc"
     assert environment["PYTHONMALLOC"] == "malloc"
     assert {os.path.realpath(jemalloc), os.path.realpath(theirs)} <= loaded
     # And once is enough.
     install(servers.client, jemalloc=True)
-    assert _of(servers.client, "theirs", os.getpid) == pid
+    assert _of(servers, "theirs", os.getpid) == pid
 
 
 def _started_with() -> tuple[dict[str, str], set[str]]:
@@ -251,7 +250,7 @@ def test_a_worker_on_an_old_one(servers: Servers, library: Callable[[str], str])
     variables = {"LD_PRELOAD": library("old"), "PYTHONMALLOC": "malloc"}
     pid = _join(servers, "old", "--no-nanny", env=variables)
     install(servers.client)
-    assert _of(servers.client, "old", _how) == (pid, "kernel")
+    assert _of(servers, "old", _how) == (pid, "kernel")
 
 
 def test_workers_without_a_nanny(caplog: pytest.LogCaptureFixture) -> None:
