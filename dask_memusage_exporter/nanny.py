@@ -24,6 +24,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from dask_memusage_exporter import measure
 from dask_memusage_exporter.bootstrap import NannyBootstrap, NannyByValue
 
@@ -237,7 +239,7 @@ obstacles: weakref.WeakKeyDictionary[Nanny, str] = weakref.WeakKeyDictionary()
 
 
 def turn_on(nanny: Nanny, options: Mapping[str, Any]) -> bool:
-    """Have a nanny's next worker processes start with jemalloc; return whether that is new.
+    """Have a nanny's worker processes start with jemalloc; return whether one that runs must anew.
 
     Where it cannot be, a line in the nanny's log says why, and the worker starts as ever.
 
@@ -248,16 +250,20 @@ def turn_on(nanny: Nanny, options: Mapping[str, Any]) -> bool:
     """
     path = options.get("path")
     obstacles.pop(nanny, None)
-    own, given = _own_environment(), nanny.pre_spawn_env
-    if _is_on({**own, **given}, path):
-        return False
+    if not _is_on({**_own_environment(), **nanny.pre_spawn_env}, path):
+        try:
+            _prepare(nanny, path)
+        except JemallocError as error:
+            obstacles[nanny] = str(error)
+            logger.warning("dask-memusage: jemalloc is not turned on. %s", error)
+            return False
+    return not _is_on(_started_with(nanny.pid), path)
+
+
+def _prepare(nanny: Nanny, path: str | None) -> None:
+    given = nanny.pre_spawn_env
     before = given.before if isinstance(given, _Lent) else given
-    try:
-        variables = environment(path, {**own, **before})
-    except JemallocError as error:
-        obstacles[nanny] = str(error)
-        logger.warning("dask-memusage: jemalloc is not turned on. %s", error)
-        return False
+    variables = environment(path, {**_own_environment(), **before})
     for name, value in variables.items():
         # The worker sets these anew, in its own environment, for what it starts itself.
         if name in given and nanny.env.get(name) == given[name]:
@@ -266,7 +272,14 @@ def turn_on(nanny: Nanny, options: Mapping[str, Any]) -> bool:
     if nanny.process is not None:  # it has been given the one of before, and starts the next too
         nanny.process.pre_spawn_env = lent
     logger.info("dask-memusage: the worker's process starts with %s", variables["LD_PRELOAD"])
-    return True
+
+
+def _started_with(pid: int | None) -> Mapping[str, str]:
+    """Return what a running worker's process was started with: the nanny's may have changed."""
+    try:
+        return {} if pid is None else psutil.Process(pid).environ()
+    except (psutil.Error, OSError):
+        return {}
 
 
 def _is_on(variables: Mapping[str, str], path: str | None) -> bool:

@@ -114,6 +114,17 @@ def test_a_library_that_will_not_do(
     assert (pid != before, source) == (True, "kernel")
 
 
+def test_variables_that_came_too_late(
+    cluster: Measured, jemalloc: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the nanny's own process has by now is not what its worker was started with."""
+    monkeypatch.setenv("LD_PRELOAD", jemalloc)
+    monkeypatch.setenv("PYTHONMALLOC", "malloc")
+    install(cluster.client, jemalloc=True)
+    cluster.client.wait_for_workers(1)
+    assert [source for _, source in cluster.client.run(_how).values()] == ["jemalloc"]
+
+
 def test_a_library_that_is_mended(
     cluster: Measured, library: Callable[[str], str], jemalloc: str
 ) -> None:
