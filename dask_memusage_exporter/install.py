@@ -35,7 +35,8 @@ def install(
     jemalloc
         True: have the nannies start their workers on jemalloc, so that each of the tasks that
         overlap has its own growth; a text: the path of the library there. Workers that run already
-        are started anew, and lose what they hold. None: the setting ``memusage.jemalloc``.
+        are started anew, and lose what they hold. Nannies log what is in the way, and the scheduler
+        which workers have no nanny. None: the setting ``memusage.jemalloc``.
 
     Returns
     -------

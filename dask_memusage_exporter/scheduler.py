@@ -43,6 +43,8 @@ logger = logging.getLogger("distributed.scheduler.memusage")
 _LATE = 3600
 #: Seconds that a recording waits at most for what became of workers that died in its block.
 _PATIENCE = 5.0
+#: Seconds in which workers that join are told of together, and how many by name.
+_MOMENT, _NAMED = 1.0, 10
 
 
 class SchedulerAgent:
@@ -74,6 +76,9 @@ class SchedulerAgent:
         self._received: dict[str, int] = {}
         self._recordings: dict[str, RecordingSink] = {}
         self._flush_waits = self._said_overlap = False
+        self._wants_jemalloc = self._said_bare = False
+        #: Workers that nobody can have start on jemalloc, until that is said.
+        self._bare: set[str] = set()
         self._last_report: float | None = None
 
     def start(self) -> None:
@@ -129,7 +134,10 @@ class SchedulerAgent:
                 name=NannyByValue.name,
                 idempotent=False,
             )
+            self._wants_jemalloc = True
         await self.push()
+        for worker in self.scheduler.workers:
+            self._heed_nanny(worker)
 
     async def push(self) -> None:
         """Put the bootstrap on every worker that is there or will come."""
@@ -217,7 +225,31 @@ class SchedulerAgent:
         """Take note of a worker that reports."""
         with self.health.guard("record"):
             self.deaths.hello(worker, home or {})
+            self._heed_nanny(worker)
             self.health.add(_checked_rises(health or {}))
+
+    def _heed_nanny(self, worker: str) -> None:
+        """Take note of a worker that is not on jemalloc and has no nanny to start it anew."""
+        state, source = self.scheduler.workers.get(worker), self.deaths.source_of(worker)
+        if not self._wants_jemalloc or self._said_bare or state is None or state.nanny:
+            return
+        if source not in (None, "jemalloc"):  # None: it has not said hello yet
+            if not self._bare:
+                self.scheduler.loop.call_later(_MOMENT, self._say_bare)
+            self._bare.add(worker)
+
+    def _say_bare(self) -> None:
+        """Warn once, or it would be a line for each that joins."""
+        self._said_bare = True
+        names, more = sorted(self._bare)[:_NAMED], len(self._bare) - _NAMED
+        self._bare.clear()
+        logger.warning(
+            "dask-memusage: jemalloc cannot be turned on for workers without a nanny: %s%s. Start "
+            "their processes with the variables that `dask memusage doctor` prints on their "
+            "machine, or start them with a nanny",
+            ", ".join(names),
+            f" and {more} more" if more > 0 else "",
+        )
 
     def handle_goodbye(
         self,

@@ -135,6 +135,14 @@ class Servers:
         workers = self.client.scheduler_info()["workers"]
         return [worker["services"]["dashboard"] for worker in workers.values()]
 
+    def lines(self, containing: str) -> list[str]:
+        """Return the lines of the scheduler's log that contain a text."""
+        return self._scheduler.lines(containing)
+
+    def addresses(self) -> dict[str, str]:
+        """Return the addresses of the workers that are connected now, by name."""
+        return self.client.run_on_scheduler(_addresses)
+
     def kill_scheduler(self) -> None:
         """End the scheduler's process as the kernel does."""
         self._scheduler.process.kill()
@@ -153,6 +161,10 @@ class Servers:
             except subprocess.TimeoutExpired:  # it waits for its tasks
                 server.process.kill()
                 server.process.wait()
+
+
+def _addresses(dask_scheduler: Any) -> dict[str, str]:
+    return {str(state.name): address for address, state in dask_scheduler.workers.items()}
 
 
 class Prometheus:

@@ -151,7 +151,7 @@ def test_tables_fit_a_terminal_and_tell_of_failures(
     assert len(table) == 5  # the failed one too, as in the old tool
 
 
-@pytest.mark.parametrize("source", ["auto", "kernel"])
+@pytest.mark.parametrize("source", ["auto", "kernel", "a bad path"])
 def test_tasks_that_overlap(
     source: str, surroundings: dict[str, Any], folder: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -160,7 +160,10 @@ def test_tasks_that_overlap(
         request.getfixturevalue("jemalloc")
     for name in ("a.txt", "b.txt"):
         (folder / name).write_bytes((folder / "below" / "large.txt").read_bytes())
-    surroundings["env"] |= {"DASK_MEMUSAGE__SOURCE": source}
+    if source == "a bad path":
+        surroundings["env"] |= {"DASK_MEMUSAGE__JEMALLOC": "/no/such/libjemalloc.so.2"}
+    else:
+        surroundings["env"] |= {"DASK_MEMUSAGE__SOURCE": source}
     run = demo("--input", str(folder), "--workers", "1", "--threads", "2", **surroundings)
 
     assert run.returncode == 0, run.stderr
@@ -176,6 +179,7 @@ def test_tasks_that_overlap(
         assert " overlap: another task ran in the process meanwhile" in text
         assert "run with --threads 1" in text
         assert "The worst task needs" not in text
+        assert ("/no/such/libjemalloc.so.2: there is no such file" in text) == (" " in source)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

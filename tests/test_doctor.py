@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,12 @@ import pytest
 from distributed import LocalCluster
 
 from dask_memusage_exporter import install, nanny
-from tests.conftest import page, run_cli
+from tests.conftest import page, run_cli, wait_until
 from tests.servers import Servers, free_port
 
 
 def doctor(*arguments: str, code: int = 0, **environment: str) -> Any:
     """Run the doctor; return its document."""
-    import os
-
     done = run_cli("memusage", "doctor", "--json", *arguments, env={**os.environ, **environment})
     assert done.returncode == code, done.stdout + done.stderr
     return json.loads(done.stdout)
@@ -42,7 +41,10 @@ def test_this_machine(jemalloc: str) -> None:
     assert found["machine"]["source"] == "kernel"
     assert found["machine"]["variables"] == variables
     assert found["advice"] == []
-    assert doctor(**variables)["machine"]["source"] == "jemalloc"
+    on_it = run_cli("memusage", "doctor", env={**os.environ, **variables}).stdout
+    assert "source    jemalloc: each thread's own peak" in on_it
+    assert "can be turned on" not in on_it
+    assert "Nothing to mend." in on_it
     text = run_cli("memusage", "doctor").stdout
     for name, value in variables.items():
         assert f"export {name}={value}" in text
@@ -58,6 +60,10 @@ def test_this_machine(jemalloc: str) -> None:
         ),
         ({"DASK_MEMUSAGE__SOURCE": "magic"}, "memusage.source: 'magic'"),
         ({"DASK_MEMUSAGE__JEMALOC": "true"}, "did you mean memusage.jemalloc?"),
+        (
+            {"DASK_MEMUSAGE__JEMALLOC": "/no/such/libjemalloc.so.2"},
+            "memusage.jemalloc, or mend this: jemalloc cannot be turned on here: /no/such/",
+        ),
     ],
 )
 def test_wrong_settings(environment: dict[str, str], says: str) -> None:
@@ -65,11 +71,31 @@ def test_wrong_settings(environment: dict[str, str], says: str) -> None:
     assert says in advice(doctor(code=1, **environment))
 
 
+def test_settings_of_this_machine() -> None:
+    """It measures as its own settings say, and not as it might."""
+    assert doctor(DASK_MEMUSAGE__KERNEL_RESET="false", DASK_MEMUSAGE__SOURCE="kernel")["machine"][
+        "why"
+    ].startswith("memusage.kernel-reset is off")
+
+
+def test_jemalloc_in_vain(jemalloc: str) -> None:
+    """Where this process was started with it and does not use it, it says why: by what was chosen.
+
+    Not where a setting has chosen so.
+    """
+    variables = {"LD_PRELOAD": jemalloc, "PYTHONMALLOC": "pymalloc"}
+    said = advice(doctor(code=1, **variables))
+    assert f"was started with LD_PRELOAD={jemalloc}, and jemalloc is not used" in said
+    assert "set PYTHONMALLOC=malloc beside LD_PRELOAD" in said
+    assert doctor(**variables, DASK_MEMUSAGE__SOURCE="kernel")["advice"] == []
+
+
 def test_a_cluster_that_is_measured(make_cluster: Callable[..., LocalCluster]) -> None:
     """Every worker with its source, and why threads want jemalloc."""
     cluster = make_cluster(n_workers=2, threads_per_worker=2)
     install(cluster)
     found = doctor("--scheduler", cluster.scheduler_address)
+    assert found["cluster"]["address"] == cluster.scheduler_address
     assert found["cluster"]["sources"] == {"kernel": 2}
     assert found["cluster"]["scheduler"]["metrics_port"] == cluster.scheduler.http_server.port
     said = advice(found)
@@ -78,6 +104,7 @@ def test_a_cluster_that_is_measured(make_cluster: Callable[..., LocalCluster]) -
     assert "malloc is not jemalloc" in said
     assert "install(client, jemalloc=True)" in said
     text = run_cli("memusage", "doctor", "--scheduler", cluster.scheduler_address).stdout
+    assert "  kernel on 2 workers: exact: the kernel's high-water mark can be reset; tasks" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -129,6 +156,59 @@ def test_workers_that_nobody_scrapes(servers: Servers) -> None:
     for one, worker in found["cluster"]["workers"].items():
         assert (worker["scraped"] is not None) == (worker["metrics_port"] == port)
         assert (f"{one} (port {worker['metrics_port']})" in said) == (worker["scraped"] is None)
+
+
+def test_workers_that_wanted_jemalloc(servers: Servers, jemalloc: str, tmp_path: Path) -> None:
+    """Each with its own reason: what its nanny said, its configuration, what it was started with.
+
+    One thread that wanted nothing is left in peace.
+    """
+    bad = str(tmp_path / "libjemalloc.so.2")
+    Path(bad).write_text("no library\n" * 100)
+    servers.scheduler("--preload", "dask_memusage_exporter")
+    starts: dict[str, tuple[list[str], dict[str, str]]] = {
+        "refused": ([], {}),
+        "lower": (
+            ["--no-nanny"],
+            {"DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON__LD_PRELOAD": jemalloc},
+        ),
+        "pymalloc": (["--no-nanny"], {"LD_PRELOAD": jemalloc, "PYTHONMALLOC": "pymalloc"}),
+        "ignored": (["--no-nanny"], {"LD_PRELOAD": bad, "PYTHONMALLOC": "malloc"}),
+        "plain": (["--no-nanny"], {}),
+        "good": (["--no-nanny"], {"LD_PRELOAD": jemalloc, "PYTHONMALLOC": "malloc"}),
+    }
+    for name, (arguments, environment) in starts.items():
+        servers.worker("--name", name, *arguments, env=environment)
+    servers.client.wait_for_workers(len(starts))
+    address = servers.identity()["address"]
+    addresses = servers.addresses()
+    # Before it is asked for nobody advises a worker of one thread to turn it on.
+    assert "jemalloc=True" not in advice(doctor("--scheduler", address, code=1))
+    install(servers.client, jemalloc=bad)
+    found = doctor("--scheduler", address, code=1)
+    lines = {
+        name: [one["text"] for one in found["advice"] if one["text"].startswith(where)]
+        for name, where in addresses.items()
+    }
+    (refused,) = lines["refused"]
+    assert f"its nanny could not turn jemalloc on: object '{bad}' from LD_PRELOAD" in refused
+    (lower,) = lines["lower"]
+    assert "pre-spawn-environ.ld_preload does nothing" in lower
+    (pymalloc,) = lines["pymalloc"]
+    assert "set PYTHONMALLOC=malloc beside LD_PRELOAD" in pymalloc
+    (ignored,) = lines["ignored"]
+    assert f"LD_PRELOAD has {bad}, which the loader has ignored" in ignored
+    assert lines["plain"] == lines["good"] == []
+
+    # The scheduler names whom it could not do anything for, and not who needs nothing.
+    (line,) = wait_until(lambda: servers.lines("without a nanny"), what="the warning")
+    for name, where in addresses.items():
+        assert (where in line) == (name in ("lower", "pymalloc", "ignored", "plain"))
+    # And the text has a line for each reason.
+    text = " ".join(run_cli("memusage", "doctor", "--scheduler", address).stdout.split())
+    same = ", ".join(sorted(addresses[name] for name in ("refused", "lower", "plain")))
+    assert f"kernel on {same}: exact" in text
+    assert f"jemalloc on {addresses['good']}: each thread's own peak" in text
 
 
 def test_no_scheduler_there() -> None:

@@ -80,7 +80,13 @@ class MeasuredCluster:
     """A running cluster. Made by :func:`measured_cluster`."""
 
     def __init__(
-        self, cluster: LocalCluster, client: Client, csv_path: str, workers: int, threads: int
+        self,
+        cluster: LocalCluster,
+        client: Client,
+        csv_path: str,
+        workers: int,
+        threads: int,
+        library: str | None,
     ) -> None:
         self._workers, self._threads = workers, threads
         scheduler: Any = cluster.scheduler
@@ -88,8 +94,9 @@ class MeasuredCluster:
         self._client = client
         self._records = Records()
         #: Why jemalloc is not turned on; None: it is, or one thread a worker needs none.
-        self.no_jemalloc = _obstacle() if threads > 1 else None
-        install(scheduler, csv_path, jemalloc=threads > 1 and self.no_jemalloc is None)
+        self.no_jemalloc = _obstacle(library) if threads > 1 else None
+        wanted = threads > 1 and self.no_jemalloc is None
+        install(scheduler, csv_path, jemalloc=wanted and (library or True))
         self._agent: SchedulerAgent = scheduler.extensions[EXTENSION]
         # The workers know already that somebody listens: the CSV does.
         self._agent.add_sink(self._records)
@@ -134,12 +141,12 @@ class MeasuredCluster:
         return _url(self._scheduler.http_server.port), [_url(port) for port in ports]
 
 
-def _obstacle() -> str | None:
+def _obstacle(library: str | None) -> str | None:
     source = Settings.load().source
     if source not in ("auto", "jemalloc"):
         return f"memusage.source is {source}"
     try:
-        nanny.environment()
+        nanny.environment(library)
     except nanny.JemallocError as error:
         return str(error)
     return None
@@ -178,6 +185,8 @@ def measured_cluster(
     InputError
         The CSV cannot be written, or the workers do not start.
     """
+    jemalloc = Settings.load().jemalloc
+    library = jemalloc if isinstance(jemalloc, str) else None
     with ExitStack() as stack:
         stack.enter_context(dask.config.set({**_CONFIG, "temporary-directory": scratch}))
         stack.enter_context(_quiet())
@@ -198,7 +207,7 @@ def measured_cluster(
         )
         client = stack.enter_context(Client(cluster, set_as_default=False))
         try:
-            measured = MeasuredCluster(cluster, client, csv_path, workers, threads)
+            measured = MeasuredCluster(cluster, client, csv_path, workers, threads, library)
         except OSError as error:
             raise InputError(f"--csv: {csv_path!r}: {error.strerror}") from None
         try:

@@ -11,7 +11,6 @@ from typing import Any
 
 def worker(dask_worker: Any) -> dict[str, Any]:
     """Return how a worker is measured, and what its process was started with."""
-    import os
     from importlib import metadata
 
     try:
@@ -21,7 +20,6 @@ def worker(dask_worker: Any) -> dict[str, Any]:
     told = dask_worker.metrics.get("memusage")
     said = told(dask_worker) if told is not None else {}
     agent = dask_worker.extensions.get("memusage")
-    names = ("LD_PRELOAD", "PYTHONMALLOC")
     return {
         "name": str(dask_worker.name),
         "threads": dask_worker.state.nthreads,
@@ -29,11 +27,41 @@ def worker(dask_worker: Any) -> dict[str, Any]:
         "package": version,
         "source": said.get("source", "missing"),
         "why": getattr(agent, "why", None),
-        "environment": {name: os.environ[name] for name in names if os.environ.get(name)},
+        "environment": started_with(),
+        "lower_cased": lower_cased(),
+        # Why its nanny could not turn jemalloc on; see `nanny` below.
+        "refusal": None,
         "metrics_port": getattr(getattr(dask_worker, "http_server", None), "port", None),
         # Seconds since the epoch; None: never, or not known (not measured, an older version).
         "scraped": getattr(agent, "scraped", None),
     }
+
+
+def nanny(dask_worker: Any) -> str | None:
+    """Return why a nanny could not turn jemalloc on; None: it could, or was not asked."""
+    asked = "memusage-jemalloc" in dask_worker.plugins
+    try:
+        from dask_memusage_exporter.nanny import obstacles
+    except ImportError:
+        return "install dask-memusage-exporter in the nanny's environment" if asked else None
+    return obstacles.get(dask_worker)
+
+
+def started_with() -> dict[str, str]:
+    """Return what of a process's environment decides on its malloc."""
+    import os
+
+    names = ("LD_PRELOAD", "PYTHONMALLOC")
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def lower_cased() -> list[str]:
+    """Return the names that a DASK_... variable has set in small letters, to no effect."""
+    import dask
+
+    names = map(str, dask.config.get("distributed.nanny.pre-spawn-environ", None) or ())
+    ours = ("LD_PRELOAD", "PYTHONMALLOC")
+    return [name for name in names if name not in ours and name.upper() in ours]
 
 
 def scheduler(dask_scheduler: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Sources: jemalloc(3), "MALLCTL NAMESPACE": ``thread.peak.*``, ``thread.allocated
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,22 @@ _TEST_BYTES, _TEST_OBJECT_BYTES = 2**21, 256
 _TEST_SEEN = 2**20
 
 _SIZE, _U64 = ctypes.c_size_t, ctypes.c_uint64
+
+
+def _preloaded() -> str:
+    """Return what LD_PRELOAD has, none of it a jemalloc, and what came of it."""
+    libraries = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    if not libraries:
+        return "LD_PRELOAD is not set"
+    return "LD_PRELOAD has " + ", and ".join(f"{one}, which {_fate(one)}" for one in libraries)
+
+
+def _fate(library: str) -> str:
+    try:
+        ctypes.CDLL(library, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return "the loader has ignored, or which was set too late"
+    return "is loaded and is no jemalloc"
 
 
 class _Mallctl:
@@ -48,7 +65,7 @@ class _Mallctl:
                     "not stand in for malloc; take one that is built without a prefix"
                 )
         if not hasattr(process, "mallctl"):
-            raise OSError("malloc is not jemalloc (LD_PRELOAD names none)")
+            raise OSError(f"malloc is not jemalloc ({_preloaded()})")
         self.process = process
         self._call, self._resolve = process.mallctlbymib, process.mallctlnametomib
 

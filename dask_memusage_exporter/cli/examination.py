@@ -1,0 +1,95 @@
+"""What ``doctor`` finds: on this machine, and by asking a cluster.
+
+Covers: the facts, as plain as they come. What to make of them is ``advice``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import cloudpickle
+from distributed import Client
+
+from dask_memusage_exporter import measure, nanny
+from dask_memusage_exporter.cli import probe
+from dask_memusage_exporter.cli.command import InputError
+from dask_memusage_exporter.config import Settings
+
+#: Seconds to wait for a scheduler.
+CONNECT_TIMEOUT = 10
+
+
+class Machine(NamedTuple):
+    """What can be measured in processes of this machine."""
+
+    source: str
+    why: str
+    #: What to start processes with for jemalloc; empty: it cannot be turned on.
+    variables: Mapping[str, str]
+    #: Why it cannot.
+    obstacle: str | None
+    #: What this process was started with.
+    environment: Mapping[str, str]
+
+
+class Cluster(NamedTuple):
+    """What a scheduler and its workers have said; see ``probe``."""
+
+    address: str
+    scheduler: Mapping[str, Any]
+    workers: Mapping[str, Mapping[str, Any]]
+
+
+def examine(settings: Settings | None) -> Machine:
+    """Return what can be measured on this machine.
+
+    Parameters
+    ----------
+    settings
+        Of this process; None: they are wrong, and what works without them is told.
+    """
+    chosen = (
+        measure.choose("auto", kernel_reset=True)
+        if settings is None
+        else measure.choose(settings.source, kernel_reset=settings.kernel_reset)
+    )
+    chosen.source.close()
+    wanted = None if settings is None else settings.jemalloc
+    try:
+        variables = nanny.environment(wanted if isinstance(wanted, str) else None)
+        obstacle = None
+    except nanny.JemallocError as error:
+        variables, obstacle = {}, str(error)
+    return Machine(chosen.name, chosen.why, variables, obstacle, probe.started_with())
+
+
+def ask(address: str) -> Cluster:
+    """Ask a scheduler and its workers.
+
+    Raises
+    ------
+    InputError
+        It cannot be reached.
+    """
+    # By value: they may lack the package.
+    cloudpickle.register_pickle_by_value(probe)
+    try:
+        with Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False) as client:
+            workers = client.run(probe.worker, on_error="ignore")
+            # By name: of all, those without a nanny would be given the others' answers.
+            with_nanny = [worker for worker, one in workers.items() if one["nanny"]]
+            with suppress(KeyError):  # one has left meanwhile
+                nannies = client.run(probe.nanny, workers=with_nanny, nanny=True, on_error="ignore")
+                for worker, refusal in nannies.items():
+                    workers[worker]["refusal"] = refusal
+            return Cluster(address, client.run_on_scheduler(probe.scheduler), workers)
+    except (OSError, ValueError, asyncio.TimeoutError) as error:
+        raise InputError(
+            f"--scheduler: {address!r} cannot be reached ({error}); give the address that the "
+            "scheduler has logged, such as tcp://127.0.0.1:8786"
+        ) from None
+    finally:
+        cloudpickle.unregister_pickle_by_value(probe)
