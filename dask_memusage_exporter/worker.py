@@ -380,9 +380,10 @@ class WorkerAgent:
     def _ends(self, measuring: process.Process, key: Key, start: str, finish: str) -> None:
         before = self._before.pop(key, None)
         bracket = self._closed.pop(key, None)
-        bare = self._without_thread.pop(key, None)
+        bare = self._without_thread.get(key)
         if bare is not None and measuring.shut(bare) and self._has_run(key, bare):
             bracket = bracket or bare
+        self._without_thread.pop(key, None)  # not before: it would be taken for abandoned
         if bare is not None and bare is not bracket and bare.span is not None:
             bare.span.drop()
         self.reporter.ends(key)

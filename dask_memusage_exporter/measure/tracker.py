@@ -321,7 +321,8 @@ class Tracker:
             for (_, meaning), *used in zip(
                 self._witnesses, before.witnesses, after.witnesses, strict=False
             ):
-                if _between(*used) > threads.IDLE_NS:
+                # No thread uses more than the time there was, of whenever the look before is.
+                if min(_between(*used), bracket.seconds * 1e9) > threads.IDLE_NS:
                     offloaded |= meaning == "offload"
                     bracket.overlapped |= meaning == "code"
         if self._heap is not None and bracket.peak - bracket.rss > FLOOR_BYTES:
