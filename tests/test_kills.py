@@ -376,7 +376,7 @@ def test_sigterm_is_no_kill(options: tuple[str, ...], held: bool, tmp_path: Path
         servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
         worker = servers.worker(*options, env=environment)
         servers.client.gather(servers.client.map(nap, [0.0] * 50, pure=False, key="before"))
-        function, seconds = (hold_gil_after, 30) if held else (touch_and_nap, 5)
+        function, seconds = (hold_gil_after, 8) if held else (touch_and_nap, 3)
         future = servers.client.submit(function, str(running), seconds, key="term-0")
         wait_until(running.exists)
         worker.stop()
