@@ -38,7 +38,8 @@ class Server:
         under: Sequence[str] = (),
     ) -> None:
         self._log = log
-        merged = {**os.environ, **environment}
+        # Our own functions go by reference: servers find them where we do.
+        merged = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [*under, sys.executable, "-m", "dask", *arguments],

@@ -274,7 +274,6 @@ def test_without_a_nanny_the_next_process_tells(tmp_path: Any) -> None:
     """A container that restarts with its volume kept: nanny and worker died in one instant."""
     environment = {
         "DASK_MEMUSAGE__FLIGHT_DIRECTORY": str(tmp_path / "flight"),
-        "PYTHONPATH": str(Path(__file__).parents[1]),  # for this module's functions
     }
     servers = Servers(tmp_path)
     try:
@@ -368,7 +367,6 @@ def test_sigterm_is_no_kill(options: tuple[str, ...], held: bool, tmp_path: Path
         pytest.skip("a process that holds the GIL without a nanny ends by SIGKILL, or not at all")
     environment = {
         "DASK_MEMUSAGE__FLIGHT_DIRECTORY": str(tmp_path / "flight"),
-        "PYTHONPATH": str(Path(__file__).parents[1]),  # for this module's functions
     }
     servers = Servers(tmp_path)
     running = tmp_path / "running"
