@@ -252,7 +252,9 @@ def test_a_failing_receiver_delays_nothing(servers: Servers) -> None:
             server.process.wait(30)
             # 1.5 s for what is left, of 2 s for all; Dask's own end takes part of a second.
             assert time.monotonic() - began < 3.5, name
-            assert "Traceback" not in server.log, name
+            # (Dask's own, of the connection that it closes, may be there.)
+            traced = [line for line in server.lines('  File "') if "distributed/" not in line]
+            assert not [line for line in traced if "memusage" in line or "opentelemetry" in line]
     # What was lost at the end is told with the goodbye.
     name = "dask_scheduler_task_memory_errors_total"
     wait_until(
