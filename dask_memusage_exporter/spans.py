@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import Token
 from typing import Any, NamedTuple
@@ -46,6 +46,10 @@ _MOST_PARENTS = 100
 #: Whether an exception is told by a span event beside the log record, as the semantic conventions
 #: name it; the log record alone is what they want.
 _OPT_IN = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
+
+
+#: What hears that the span of a record is kept: the record, its trace's id and its own.
+Kept = Callable[[TaskMemory, int, int], object]
 
 
 class Failure(NamedTuple):
@@ -103,9 +107,9 @@ class TaskSpan:
         """Take what the task raised; see :class:`Failure`."""
         self.failure = Failure(error, text, traceback)
 
-    def finish(self, record: TaskMemory) -> None:
+    def finish(self, record: TaskMemory, kept: Kept | None = None) -> None:
         """End it with what was measured; see :meth:`Spans.finish`."""
-        self.owner.finish(self, record)
+        self.owner.finish(self, record, kept)
 
     def finish_call(
         self, worker: str, start: float, stop: float, start_bytes: int = 0, peak_bytes: int = 0
@@ -152,7 +156,9 @@ class Spans:
         self._parents: OrderedDict[tuple[str, str], Context] = OrderedDict()
         # As many wait as the SDK lets wait, for a processor that holds them up.
         most = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "2048"))
-        self._waiting: queue.Queue[tuple[TaskSpan, TaskMemory] | None] = queue.Queue(most)
+        self._waiting: queue.Queue[tuple[TaskSpan, TaskMemory, Kept | None] | None] = queue.Queue(
+            most
+        )
         self._closed = False
         self._thread = threading.Thread(target=self._end_all, name="memusage-spans", daemon=True)
         self._thread.start()
@@ -210,8 +216,11 @@ class Spans:
 
     # -- on the event loop ---------------------------------------------------------------
 
-    def finish(self, one: TaskSpan, record: TaskMemory) -> None:
-        """End it with what was measured, later and elsewhere. Once; never raises, never waits."""
+    def finish(self, one: TaskSpan, record: TaskMemory, kept: Kept | None = None) -> None:
+        """End it with what was measured, later and elsewhere. Once; never raises, never waits.
+
+        ``kept`` is called there, where the span is sampled and kept.
+        """
         if one.done:
             return
         self.forget(one)
@@ -220,7 +229,7 @@ class Spans:
         try:
             if self._closed:
                 raise queue.Full
-            self._waiting.put_nowait((one, record))
+            self._waiting.put_nowait((one, record, kept))
         except queue.Full:
             self.health.drop("span_export")
 
@@ -258,7 +267,7 @@ class Spans:
                 self.health.error("export", error)
             del waiting  # it holds the task's exception
 
-    def _end(self, one: TaskSpan, record: TaskMemory) -> None:
+    def _end(self, one: TaskSpan, record: TaskMemory, kept: Kept | None) -> None:
         # Without a look at every span that starts nobody knows which are parents: then all stay.
         unsure = self._keep.some and self._watch is None
         if not (self._keep.wants(record, one.failure) or one.children or unsure):
@@ -272,6 +281,12 @@ class Spans:
             span.set_status(StatusCode.ERROR, f"{kind}: {message}")
             _tell(span, kind, message, one.failure.traceback, stop)
         span.end(stop)
+        context = span.get_span_context()
+        if kept is not None and context.trace_flags.sampled:  # not only recorded
+            try:
+                kept(record, context.trace_id, context.span_id)
+            except Exception as error:  # the span itself is not lost
+                self.health.error("export", error)
 
     def _attributes(self, one: TaskSpan, record: TaskMemory) -> dict[str, Any]:
         annotations = getattr(one.task, "annotations", None) or {}
