@@ -43,6 +43,24 @@ UNNAMED = "dask.task"
 #: Parents whose context is remembered: one a submission, and few are under way at once.
 _MOST_PARENTS = 100
 
+_PREFIX_NAME = "dask.task.prefix.name"
+
+#: Values of ``OTEL_TRACES_SAMPLER`` whose samplers look at no attributes.
+_SAMPLERS = frozenset(
+    {
+        "",
+        "always_on",
+        "always_off",
+        "traceidratio",
+        "parentbased_always_on",
+        "parentbased_always_off",
+        "parentbased_traceidratio",
+    }
+)
+
+#: Prefixes whose spans' names are remembered; a label that one has or has not stays so.
+_MOST_NAMES = 1_000
+
 #: Whether an exception is told by a span event beside the log record, as the semantic conventions
 #: name it; the log record alone is what they want.
 _OPT_IN = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
@@ -153,6 +171,10 @@ class Spans:
         self._task_key = settings.spans_task_key
         self._keep = Keep(settings)
         self._watch = _children_of(provider) if self._keep.some else None
+        # Samplers and an application's processors may look at it; the standard samplers do not, and
+        # attributes are a fifth of what it takes to start a span.
+        self._early = guest or os.environ.get("OTEL_TRACES_SAMPLER", "") not in _SAMPLERS
+        self._names: dict[str, tuple[str, str]] = {}
         self._parents: OrderedDict[tuple[str, str], Context] = OrderedDict()
         # As many wait as the SDK lets wait, for a processor that holds them up.
         most = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "2048"))
@@ -177,17 +199,26 @@ class Spans:
         """
         if os.getpid() != self._pid:
             return None
-        label = self._aggregate.label_of(prefix)
+        name, label = self._names.get(prefix) or self._name(prefix)
         span = self._tracer.start_span(
-            UNNAMED if label == OVERFLOW or not label else label,
+            name,
             self._parent(task),
             SpanKind.CONSUMER,
-            {"dask.task.prefix.name": to_label(prefix)},  # for samplers; all else at the end
+            {_PREFIX_NAME: label} if self._early else None,  # all else at the end
         )
         one = TaskSpan(self, span, key, task, worker)
         if self._watch is not None:
             self._watch.open[span.get_span_context().span_id] = one
         return one
+
+    def _name(self, prefix: str) -> tuple[str, str]:
+        """Return the name of a prefix's spans and the prefix as an attribute, and remember them."""
+        label = self._aggregate.label_of(prefix)
+        known = UNNAMED if label == OVERFLOW or not label else label, to_label(prefix)
+        if len(self._names) >= _MOST_NAMES:
+            self._names.clear()
+        self._names[prefix] = known
+        return known
 
     def enter(self, one: TaskSpan) -> None:
         """Make it the current span of this thread."""
@@ -292,6 +323,7 @@ class Spans:
         annotations = getattr(one.task, "annotations", None) or {}
         of_span = annotations.get("span")
         attributes = {
+            _PREFIX_NAME: to_label(record.task_prefix),
             "dask.task.key": to_label(str(one.key)) if self._task_key else None,
             "dask.task.group.name": to_label(str(key_split_group(one.key))) if one.task else None,
             "dask.task.memory.peak": record.peak_bytes or None,
