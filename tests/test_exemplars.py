@@ -145,6 +145,16 @@ def test_the_page_is_ours_alone_and_whole(sent: tuple[Measured, Received]) -> No
             assert any("task_memory" in one for one in names) == (server == "scheduler")
 
 
+def test_each_server_of_one_process_shows_its_own(measure: Callable[..., Measured]) -> None:
+    """Unlike on ``/metrics``, where all of them show one registry; workers share what they have."""
+    cluster = measure(processes=False, n_workers=2)
+    cluster.client.submit(tasks.nothing, key="own-1").result()
+    for port in worker_ports(cluster.cluster):
+        assert {name.split("_")[1] for name in families(port)} == {"worker"}
+    port = scheduler_port(cluster.cluster)
+    assert {name.split("_")[1] for name in families(port)} == {"scheduler"}
+
+
 def test_a_client_gets_what_it_accepts(sent: tuple[Measured, Received]) -> None:
     """The plain text has the same series, and no exemplars, which it has no place for."""
     cluster, _ = sent
