@@ -186,8 +186,8 @@ class SchedulerAgent:
             counted = True
         with self.health.guard("aggregate"):
             self.health.add(_checked_rises(health or {}))
-        if exemplars and counted:
-            with self.health.guard("aggregate"):
+        with self.health.guard("aggregate"):
+            if exemplars and counted:
                 self.exemplars.merge(checked_exemplars(exemplars), self.aggregate.counted_under)
 
     def _receive(self, incarnation: Any, records: Any) -> None:

@@ -76,7 +76,8 @@ says of that server and nothing of Dask's, in OpenMetrics 1.0 where the client a
 the plain text. Workers show everything by prefix there, whatever `memusage.worker-metrics` says.
 Where there are [spans](opentelemetry.md#spans), the buckets of peaks and growth carry one exemplar
 each: `trace_id` and `span_id` of the latest task in that bucket whose span is sampled and kept, its
-value and when it ended. Dask's own `/metrics` is plain text, which has no place for them. A Prometheus started with `--enable-feature=exemplar-storage` keeps them:
+value and when it ended. Dask's own `/metrics` is plain text, which has no place for them.
+A Prometheus started with `--enable-feature=exemplar-storage` keeps them:
 
 ```yaml
 scrape_configs:
