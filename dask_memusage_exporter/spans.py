@@ -26,7 +26,15 @@ from distributed.protocol import pickle
 from distributed.utils import key_split_group
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
-from opentelemetry.trace import SpanKind, StatusCode, Tracer, TracerProvider, set_span_in_context
+from opentelemetry.trace import (
+    Link,
+    SpanKind,
+    StatusCode,
+    Tracer,
+    TracerProvider,
+    get_current_span,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dask_memusage_exporter import __version__
@@ -34,6 +42,7 @@ from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate, to_label
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.records import TaskMemory
+from dask_memusage_exporter.submission import LINK
 
 SCOPE_NAME = "dask_memusage_exporter"
 
@@ -199,12 +208,14 @@ class Spans:
         """
         if os.getpid() != self._pid:
             return None
+        annotations = getattr(task, "annotations", None) or {}
         name, label = self._names.get(prefix) or self._name(prefix)
         span = self._tracer.start_span(
             name,
-            self._parent(task),
+            self._parent(annotations, "traceparent"),
             SpanKind.CONSUMER,
             {_PREFIX_NAME: label} if self._early else None,  # all else at the end
+            self._links(annotations) if LINK in annotations else None,
         )
         one = TaskSpan(self, span, key, task, worker)
         if self._watch is not None:
@@ -228,9 +239,13 @@ class Spans:
         """Let nothing be current on this thread, where a span was never taken off."""
         otel_context.attach(Context())
 
-    def _parent(self, task: Any) -> Context:
-        annotations = getattr(task, "annotations", None) or {}
-        carrier = annotations.get("traceparent")
+    def _links(self, annotations: Mapping[str, Any]) -> list[Link] | None:
+        linked = get_current_span(self._parent(annotations, LINK)).get_span_context()
+        return [Link(linked)] if linked.is_valid else None
+
+    def _parent(self, annotations: Mapping[str, Any], name: str) -> Context:
+        """Return the context of the span that an annotation names; an empty one without it."""
+        carrier = annotations.get(name)
         if type(carrier) is not str:
             return Context()
         state = annotations.get("tracestate")
