@@ -19,6 +19,7 @@ BENCHMARKS = (
     "kinds",
     "threads",
     "bracket",
+    "spans",
     "throughput",
     "allocators",
     "idle",

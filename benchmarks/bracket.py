@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from benchmarks.harness import (
     NONE,
     OURS,
+    Bench,
     Spread,
     bench,
     differences,
@@ -119,7 +120,12 @@ def collect(dask_worker: Any) -> dict[str, Any]:
             timed.took_ns = 0
         source = agent._process.tracker._source
         below = source._now()[0] <= source._floor
-    return {"times_ns": times, "loop_ns": loop_ns, "below_floor": below}
+    return {
+        "times_ns": times,
+        "loop_ns": loop_ns,
+        "below_floor": below,
+        "cpu_ns": time.process_time_ns(),
+    }
 
 
 def nothing(_: int) -> None:
@@ -179,11 +185,16 @@ def measure(
         config["distributed.nanny.pre-spawn-environ"] = nanny.environment()
     with bench(variant, threads=threads, config=config) as it:
         del held
-        it.client.run(prepare, modules=modules)
-        it.client.gather(it.client.map(nothing, range(tasks // 4), pure=False))
-        it.client.run(collect)
-        it.client.gather(it.client.map(nothing, range(tasks), pure=False))
-        found = next(iter(it.client.run(collect).values()))
+        return time_tasks(it, modules, tasks)
+
+
+def time_tasks(it: Bench, modules: list[str], tasks: int) -> dict[str, Any]:
+    """Run empty tasks on a cluster's one worker; see :func:`measure`."""
+    it.client.run(prepare, modules=modules)
+    it.client.gather(it.client.map(nothing, range(tasks // 4), pure=False))
+    before = next(iter(it.client.run(collect).values()))
+    it.client.gather(it.client.map(nothing, range(tasks), pure=False))
+    found = next(iter(it.client.run(collect).values()))
     # On each thread starts and stops alternate.
     pairs = [
         (start + stop) / 1e3
@@ -195,6 +206,7 @@ def measure(
         "p90_us": percentile(pairs, 90),
         "p99_us": percentile(pairs, 99),
         "loop_us": found["loop_ns"] / tasks / 1e3,
+        "cpu_us": (found["cpu_ns"] - before["cpu_ns"]) / tasks / 1e3,
         "below_floor": found["below_floor"],
     }
 

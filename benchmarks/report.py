@@ -13,7 +13,7 @@ from typing import Any
 #: Whose versions are told.
 PACKAGES = (
     "dask", "distributed", "dask-memusage-exporter", "dask-memusage", "numpy", "pandas",
-    "pyarrow", "prometheus-client", "psutil",
+    "pyarrow", "prometheus-client", "psutil", "opentelemetry-sdk",
 )  # fmt: skip
 
 INTRODUCTION = (

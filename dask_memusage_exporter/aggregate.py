@@ -268,6 +268,11 @@ class Aggregate:
             label = to_label(prefix)
             return label if self._prefix(label) is not self._prefixes[OVERFLOW] else OVERFLOW
 
+    def counted_under(self, label: str) -> str:
+        """Return the label under which a batch's label has counted. It gets none of its own."""
+        with self._lock:
+            return label if label in self._prefixes else OVERFLOW
+
     def snapshot(self) -> list[PrefixSnapshot]:
         """Return everything, one entry a label, consistent in itself."""
         now = self._clock()

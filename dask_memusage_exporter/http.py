@@ -1,6 +1,8 @@
-"""The live page: what runs now on each worker and how high it is, from the last heartbeats.
+"""Pages of our own on the HTTP servers that Dask has: the live page, and OpenMetrics.
 
-``/memusage`` on the scheduler's HTTP port is for people, ``/memusage/live`` is the same as JSON.
+``/memusage`` on the scheduler's HTTP port shows people what runs now on each worker and how high it
+is, from the last heartbeats; ``/memusage/live`` is the same as JSON. ``/memusage/metrics``, on
+workers too, has our metrics with exemplars, and nothing of Dask's.
 
 Covers: tasks that were running at each worker's last heartbeat, with its age.
 Does not cover: tasks that came and went between two heartbeats (0.5 s, more in large clusters).
@@ -17,9 +19,12 @@ from dask.utils import format_bytes, format_time, key_split
 from tornado.web import RequestHandler
 
 from dask_memusage_exporter import flight
+from dask_memusage_exporter.exporters import openmetrics
+from dask_memusage_exporter.exporters.prometheus import Renderer
 
 if TYPE_CHECKING:
     from distributed import Scheduler
+    from distributed.node import ServerNode
 
 #: Seconds between two looks of the page.
 REFRESH = 1
@@ -130,3 +135,38 @@ def add_routes(scheduler: Scheduler) -> None:
         application.add_handlers(
             r".*", [(r"/memusage", PageHandler, what), (r"/memusage/live", LiveHandler, what)]
         )
+
+
+class MetricsHandler(RequestHandler):
+    """Our metrics, in what the client accepts of OpenMetrics and the plain text."""
+
+    def initialize(self, who: Callable[[], Renderer | None]) -> None:
+        """Take what returns who has metrics to show."""
+        self._who = who
+
+    def get(self) -> None:
+        """Write them; an empty page where nothing is measured."""
+        renderer = self._who()
+        if renderer is None:
+            self.set_header("Content-Type", openmetrics.PLAIN)
+            return
+        # A page that cannot be written at all is an error to who reads it, and a scrape that fails.
+        self.set_status(500)
+        with renderer.health.guard("render"):
+            text, kind = openmetrics.page(renderer, self.request.headers.get("Accept", ""))
+            self.set_status(200)
+            self.set_header("Content-Type", kind)
+            self.write(text)
+
+
+def add_metrics(server: ServerNode, who: Callable[[], Renderer | None]) -> None:
+    """Add our metrics' page to a worker's or scheduler's HTTP server, if it has one.
+
+    Parameters
+    ----------
+    who
+        Returns whose metrics they are at the time of a request; None: nobody's.
+    """
+    application = getattr(server, "http_application", None)
+    if application is not None:
+        application.add_handlers(r".*", [(r"/memusage/metrics", MetricsHandler, {"who": who})])

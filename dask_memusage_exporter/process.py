@@ -19,6 +19,7 @@ from prometheus_client import Metric
 from dask_memusage_exporter import __version__
 from dask_memusage_exporter.aggregate import Aggregate
 from dask_memusage_exporter.config import Settings, prometheus_namespace
+from dask_memusage_exporter.exemplars import Exemplars
 from dask_memusage_exporter.exporters import prometheus
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.measure import choose, threads
@@ -91,8 +92,9 @@ class Process:
             maximum_window=settings.maximum_window,
             wanted=settings.wants,
         )
+        self.exemplars = Exemplars(settings.buckets, settings.max_prefixes + 1)
         self.members: list[Member] = []
-        #: When our place on ``/metrics`` was last read, in seconds since the epoch; None: never.
+        #: When what we show was last read, in seconds since the epoch; None: never.
         self.scraped: float | None = None
         #: The last look before a task, and when that was (seconds, monotonic).
         self._before: tuple[Look, int] | None = None
@@ -160,12 +162,12 @@ class Process:
         self.health.spent("start", bracket.start_seconds)
         self.health.spent("stop", bracket.stop_seconds)
 
-    def collect(self) -> Iterable[Metric]:
+    def collect(self, *, own_page: bool = False) -> Iterable[Metric]:
         """Return the worker's metric families; see ``catalog``."""
         self.scraped = time()
         for member in self.members:
             member.flush()
-        mode = self.settings.worker_metrics
+        mode = "full" if own_page else self.settings.worker_metrics
         if mode == "auto":
             mode = "totals" if all(member.heard for member in self.members) else "full"
         return prometheus.worker_families(
@@ -173,6 +175,7 @@ class Process:
             mode=mode,
             aggregate=self.aggregate,
             memory_limit=self._memory_limit(),
+            exemplars=self.exemplars if own_page else None,
         )
 
     def _memory_limit(self) -> int | None:
@@ -190,9 +193,9 @@ class Process:
             memory_limit=self._memory_limit(),
         )
 
-    def collect_health(self) -> Iterable[Metric]:
+    def collect_health(self, *, own_page: bool = False) -> Iterable[Metric]:
         """Return those that tell of the exporter itself."""
-        if self.settings.worker_metrics == "off":
+        if self.settings.worker_metrics == "off" and not own_page:
             return ()
         return prometheus.health_families(
             namespace=prometheus_namespace(),
@@ -243,6 +246,11 @@ def join(member: Member, settings: Settings) -> None:
         here.members = members
         for one in told:
             one.measured_by(here)
+
+
+def here() -> Process | None:
+    """Return this process's measurement; None where no worker is measured."""
+    return _process
 
 
 async def send_last(member: Member) -> None:

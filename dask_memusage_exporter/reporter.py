@@ -24,6 +24,7 @@ from dask.typing import Key
 
 from dask_memusage_exporter import flight
 from dask_memusage_exporter.aggregate import Batch
+from dask_memusage_exporter.exemplars import Exemplars
 from dask_memusage_exporter.measure.tracker import Bracket
 from dask_memusage_exporter.records import TaskMemory, to_row
 
@@ -53,6 +54,7 @@ class Reporter:
         self._worker = worker
         self._process: Process | None = None
         self._batch: Batch | None = None
+        self._exemplars: Exemplars | None = None
         #: Records that are counted and not made yet.
         self._unmade: list[Callable[[], TaskMemory]] = []
         self._flush_waits = False
@@ -77,7 +79,9 @@ class Reporter:
         """Take what the scheduler has said, and the process whose aggregate is ours."""
         if process is not self._process:
             self.flush()
-            self._process, self._batch = process, Batch(process.settings.buckets)
+            bounds = process.settings.buckets
+            self._process, self._batch = process, Batch(bounds)
+            self._exemplars = Exemplars(bounds, Batch.most_prefixes)
         self.rows = bool(options.get("rows", self.rows))
         if options.get("listens") and not self.heard:
             self._scheduler_id = options["listens"]
@@ -126,6 +130,16 @@ class Reporter:
         self._observed += 1
         if self._flight is not None:
             self._flight.count(self._observed)
+        self._flush_soon()
+
+    def exemplify(self, record: TaskMemory, trace_id: int, span_id: int) -> None:
+        """Take the span of a record, once it is known to be kept. From any thread."""
+        exemplars = self._exemplars
+        if exemplars is not None and exemplars.observe(record, trace_id, span_id):
+            # Its record may have been sent, and be the last one.
+            self._worker.loop.add_callback(self._flush_soon)
+
+    def _flush_soon(self) -> None:
         if not self._flush_waits:
             self._flush_waits = True
             self._worker.loop.call_later(self._interval(), self._flush_later)
@@ -133,16 +147,17 @@ class Reporter:
     def flush(self) -> None:
         """Add what has been counted to the process's aggregate, and tell the scheduler."""
         self._make()
-        process, batch = self._process, self._batch
-        if process is None or batch is None:
+        process, batch, exemplars = self._process, self._batch, self._exemplars
+        if process is None or batch is None or exemplars is None:
             return
         records = batch.records
-        tallies = batch.take()
+        tallies, examples = batch.take(), exemplars.take()
         with process.health.guard("aggregate"):
             process.aggregate.add(tallies)
-        if not self.heard or not records:
+            process.exemplars.merge(examples, process.aggregate.counted_under)
+        if not self.heard or not (records or examples):
             return
-        message = {
+        message: dict[str, Any] = {
             "incarnation": self._incarnation,
             "records": records,
             "buckets": len(process.settings.buckets),
@@ -150,6 +165,8 @@ class Reporter:
             "prefixes": tallies,
             "health": process.health.rises(),
         }
+        if examples:  # where there are no spans there is nothing more to send
+            message["exemplars"] = examples
         if not self._send(BATCH_OP, **message):
             self._unsent.append(message)
 

@@ -25,6 +25,8 @@ from dask_memusage_exporter.aggregate import Aggregate, checked, is_count
 from dask_memusage_exporter.bootstrap import ByValue, NannyByValue
 from dask_memusage_exporter.config import ConfigError, Settings, explicit, prometheus_namespace
 from dask_memusage_exporter.deaths import Deaths, Kill, Kills, describe, to_record
+from dask_memusage_exporter.exemplars import Exemplars
+from dask_memusage_exporter.exemplars import checked as checked_exemplars
 from dask_memusage_exporter.exporters import RecordSink, prometheus
 from dask_memusage_exporter.exporters.csv_file import CsvFile
 from dask_memusage_exporter.exporters.recordings import START_OP, STOP_OP, RecordingSink
@@ -64,6 +66,7 @@ class SchedulerAgent:
             maximum_window=settings.maximum_window,
             wanted=settings.wants,
         )
+        self.exemplars = Exemplars(settings.buckets, settings.max_prefixes + 1)
         self.kills = Kills(self.aggregate)
         self.deaths = Deaths(
             scheduler,
@@ -95,6 +98,7 @@ class SchedulerAgent:
         self.scheduler.add_plugin(_Events(self), name=_Events.name)
         with self.health.guard("render"):
             http.add_routes(self.scheduler)
+            http.add_metrics(self.scheduler, lambda: self)
         prometheus.add(self)
         identity = providers.identity("scheduler", id=self.scheduler.id)
         self._telemetry = Telemetry(self, identity, self._settings)
@@ -166,13 +170,15 @@ class SchedulerAgent:
         fingerprint: int | None = None,
         prefixes: Iterable[Any] = (),
         health: Mapping[str, Any] | None = None,
+        exemplars: Iterable[Any] = (),
         **_: Any,
     ) -> None:
         """Add a worker's counts to the cluster's, all or none; runs on the event loop.
 
-        Never raises. A batch whose health is wrong still has its counts.
+        Never raises. A batch whose health or exemplars are wrong still has its counts.
         """
         self._telemetry.refresh()
+        counted = False
         with self.health.guard("aggregate"):
             try:
                 tallies = self._checked(
@@ -185,8 +191,12 @@ class SchedulerAgent:
                 raise
             self.aggregate.add(tallies)
             self._receive(incarnation, records)
+            counted = True
         with self.health.guard("aggregate"):
             self.health.add(_checked_rises(health or {}))
+        with self.health.guard("aggregate"):
+            if exemplars and counted:
+                self.exemplars.merge(checked_exemplars(exemplars), self.aggregate.counted_under)
 
     def _receive(self, incarnation: Any, records: Any) -> None:
         """Remember what has come of a process, taken in or not: it is not lost with it again."""
@@ -377,7 +387,7 @@ class SchedulerAgent:
             for sink in self.sinks:
                 sink.flush()
 
-    def collect(self) -> Iterable[Metric]:
+    def collect(self, *, own_page: bool = False) -> Iterable[Metric]:
         """Return the scheduler's metric families; see ``catalog``."""
         workers, limits, reports = self._workers()
         self._last_report = max(reports, default=self._last_report)
@@ -388,6 +398,7 @@ class SchedulerAgent:
             killed=self._killed(),
             worker_limit=min(limits, default=None),
             last_report=self._last_report,
+            exemplars=self.exemplars if own_page else None,
         )
 
     def _killed(self) -> dict[str, prometheus.KilledSnapshot]:
@@ -423,7 +434,7 @@ class SchedulerAgent:
             killed=self._killed,
         )
 
-    def collect_health(self) -> Iterable[Metric]:
+    def collect_health(self, *, own_page: bool = False) -> Iterable[Metric]:  # noqa: ARG002  # the same
         """Return those that tell of the exporter itself."""
         return prometheus.health_families(
             namespace=prometheus_namespace(), server="scheduler", health=self.health, info={}

@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import Token
 from typing import Any, NamedTuple
@@ -26,7 +26,15 @@ from distributed.protocol import pickle
 from distributed.utils import key_split_group
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
-from opentelemetry.trace import SpanKind, StatusCode, Tracer, TracerProvider, set_span_in_context
+from opentelemetry.trace import (
+    Link,
+    SpanKind,
+    StatusCode,
+    Tracer,
+    TracerProvider,
+    get_current_span,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dask_memusage_exporter import __version__
@@ -34,6 +42,7 @@ from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate, to_label
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.records import TaskMemory
+from dask_memusage_exporter.submission import LINK
 
 SCOPE_NAME = "dask_memusage_exporter"
 
@@ -43,9 +52,31 @@ UNNAMED = "dask.task"
 #: Parents whose context is remembered: one a submission, and few are under way at once.
 _MOST_PARENTS = 100
 
+_PREFIX_NAME = "dask.task.prefix.name"
+
+#: Values of ``OTEL_TRACES_SAMPLER`` whose samplers look at no attributes.
+_SAMPLERS = frozenset(
+    {
+        "",
+        "always_on",
+        "always_off",
+        "traceidratio",
+        "parentbased_always_on",
+        "parentbased_always_off",
+        "parentbased_traceidratio",
+    }
+)
+
+#: Prefixes whose spans' names are remembered; a label that one has or has not stays so.
+_MOST_NAMES = 1_000
+
 #: Whether an exception is told by a span event beside the log record, as the semantic conventions
 #: name it; the log record alone is what they want.
 _OPT_IN = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
+
+
+#: What hears that the span of a record is kept: the record, its trace's id and its own.
+Kept = Callable[[TaskMemory, int, int], object]
 
 
 class Failure(NamedTuple):
@@ -103,9 +134,9 @@ class TaskSpan:
         """Take what the task raised; see :class:`Failure`."""
         self.failure = Failure(error, text, traceback)
 
-    def finish(self, record: TaskMemory) -> None:
+    def finish(self, record: TaskMemory, kept: Kept | None = None) -> None:
         """End it with what was measured; see :meth:`Spans.finish`."""
-        self.owner.finish(self, record)
+        self.owner.finish(self, record, kept)
 
     def finish_call(
         self, worker: str, start: float, stop: float, start_bytes: int = 0, peak_bytes: int = 0
@@ -149,10 +180,16 @@ class Spans:
         self._task_key = settings.spans_task_key
         self._keep = Keep(settings)
         self._watch = _children_of(provider) if self._keep.some else None
+        # Samplers and an application's processors may look at it; the standard samplers do not, and
+        # attributes are a fifth of what it takes to start a span.
+        self._early = guest or os.environ.get("OTEL_TRACES_SAMPLER", "") not in _SAMPLERS
+        self._names: dict[str, tuple[str, str]] = {}
         self._parents: OrderedDict[tuple[str, str], Context] = OrderedDict()
         # As many wait as the SDK lets wait, for a processor that holds them up.
         most = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "2048"))
-        self._waiting: queue.Queue[tuple[TaskSpan, TaskMemory] | None] = queue.Queue(most)
+        self._waiting: queue.Queue[tuple[TaskSpan, TaskMemory, Kept | None] | None] = queue.Queue(
+            most
+        )
         self._closed = False
         self._thread = threading.Thread(target=self._end_all, name="memusage-spans", daemon=True)
         self._thread.start()
@@ -171,17 +208,28 @@ class Spans:
         """
         if os.getpid() != self._pid:
             return None
-        label = self._aggregate.label_of(prefix)
+        annotations = getattr(task, "annotations", None) or {}
+        name, label = self._names.get(prefix) or self._name(prefix)
         span = self._tracer.start_span(
-            UNNAMED if label == OVERFLOW or not label else label,
-            self._parent(task),
+            name,
+            self._parent(annotations, "traceparent"),
             SpanKind.CONSUMER,
-            {"dask.task.prefix.name": to_label(prefix)},  # for samplers; all else at the end
+            {_PREFIX_NAME: label} if self._early else None,  # all else at the end
+            self._links(annotations) if LINK in annotations else None,
         )
         one = TaskSpan(self, span, key, task, worker)
         if self._watch is not None:
             self._watch.open[span.get_span_context().span_id] = one
         return one
+
+    def _name(self, prefix: str) -> tuple[str, str]:
+        """Return the name of a prefix's spans and the prefix as an attribute, and remember them."""
+        label = self._aggregate.label_of(prefix)
+        known = UNNAMED if label == OVERFLOW or not label else label, to_label(prefix)
+        if len(self._names) >= _MOST_NAMES:
+            self._names.clear()
+        self._names[prefix] = known
+        return known
 
     def enter(self, one: TaskSpan) -> None:
         """Make it the current span of this thread."""
@@ -191,9 +239,13 @@ class Spans:
         """Let nothing be current on this thread, where a span was never taken off."""
         otel_context.attach(Context())
 
-    def _parent(self, task: Any) -> Context:
-        annotations = getattr(task, "annotations", None) or {}
-        carrier = annotations.get("traceparent")
+    def _links(self, annotations: Mapping[str, Any]) -> list[Link] | None:
+        linked = get_current_span(self._parent(annotations, LINK)).get_span_context()
+        return [Link(linked)] if linked.is_valid else None
+
+    def _parent(self, annotations: Mapping[str, Any], name: str) -> Context:
+        """Return the context of the span that an annotation names; an empty one without it."""
+        carrier = annotations.get(name)
         if type(carrier) is not str:
             return Context()
         state = annotations.get("tracestate")
@@ -210,8 +262,11 @@ class Spans:
 
     # -- on the event loop ---------------------------------------------------------------
 
-    def finish(self, one: TaskSpan, record: TaskMemory) -> None:
-        """End it with what was measured, later and elsewhere. Once; never raises, never waits."""
+    def finish(self, one: TaskSpan, record: TaskMemory, kept: Kept | None = None) -> None:
+        """End it with what was measured, later and elsewhere. Once; never raises, never waits.
+
+        ``kept`` is called there, where the span is sampled and kept.
+        """
         if one.done:
             return
         self.forget(one)
@@ -220,7 +275,7 @@ class Spans:
         try:
             if self._closed:
                 raise queue.Full
-            self._waiting.put_nowait((one, record))
+            self._waiting.put_nowait((one, record, kept))
         except queue.Full:
             self.health.drop("span_export")
 
@@ -258,7 +313,7 @@ class Spans:
                 self.health.error("export", error)
             del waiting  # it holds the task's exception
 
-    def _end(self, one: TaskSpan, record: TaskMemory) -> None:
+    def _end(self, one: TaskSpan, record: TaskMemory, kept: Kept | None) -> None:
         # Without a look at every span that starts nobody knows which are parents: then all stay.
         unsure = self._keep.some and self._watch is None
         if not (self._keep.wants(record, one.failure) or one.children or unsure):
@@ -272,11 +327,18 @@ class Spans:
             span.set_status(StatusCode.ERROR, f"{kind}: {message}")
             _tell(span, kind, message, one.failure.traceback, stop)
         span.end(stop)
+        context = span.get_span_context()
+        if kept is not None and context.trace_flags.sampled:  # not only recorded
+            try:
+                kept(record, context.trace_id, context.span_id)
+            except Exception as error:  # the span itself is not lost
+                self.health.error("export", error)
 
     def _attributes(self, one: TaskSpan, record: TaskMemory) -> dict[str, Any]:
         annotations = getattr(one.task, "annotations", None) or {}
         of_span = annotations.get("span")
         attributes = {
+            _PREFIX_NAME: to_label(record.task_prefix),
             "dask.task.key": to_label(str(one.key)) if self._task_key else None,
             "dask.task.group.name": to_label(str(key_split_group(one.key))) if one.task else None,
             "dask.task.memory.peak": record.peak_bytes or None,

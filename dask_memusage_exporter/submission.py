@@ -23,9 +23,14 @@ from distributed import Client, spans
 
 from dask_memusage_exporter import __version__
 
-#: Whether the instrumentor is on, and whether we are in a block of :func:`traced`.
+#: W3C's own name, that of the parent.
+_PARENT = "traceparent"
+#: The annotation that makes a task's span the root of its own trace, linked to the current span.
+LINK = "memusage-link"
+
+#: Whether the instrumentor is on; the annotation that a block of :func:`traced` gives, if any.
 _always = False
-_traced: ContextVar[bool] = ContextVar("memusage-traced", default=False)
+_traced: ContextVar[str | None] = ContextVar("memusage-traced", default=None)
 
 _originals: dict[str, Any] = {}
 
@@ -35,7 +40,7 @@ _Client: Any = Client
 
 
 @contextmanager
-def traced(name: str | None = None) -> Iterator[None]:
+def traced(name: str | None = None, *, link: bool = False) -> Iterator[None]:
     """Make tasks that are submitted in this block children of the span that is current then.
 
     For a client without an instrumentor (see :mod:`dask_memusage_exporter.instrumentor`).
@@ -44,6 +49,9 @@ def traced(name: str | None = None) -> Iterator[None]:
     ----------
     name
         Start a span of this name around the block; None: the application's own spans are enough.
+    link
+        Link the tasks to that span instead, each in a trace of its own: where it lasts for days, as
+        a service's does, one trace would never end.
 
     Examples
     --------
@@ -51,7 +59,7 @@ def traced(name: str | None = None) -> Iterator[None]:
     ...     ddf.compute()
     """
     _wrap_submission()
-    token = _traced.set(True)
+    token = _traced.set(LINK if link else _PARENT)
     try:
         with ExitStack() as stack:
             if name is not None:
@@ -61,14 +69,22 @@ def traced(name: str | None = None) -> Iterator[None]:
         _traced.reset(token)
 
 
-def carrier() -> dict[str, str]:
-    """Return the annotations that make the current span the parent; empty where there is none."""
+def carrier(name: str = _PARENT) -> dict[str, str]:
+    """Return the annotations that make the current span the parent; empty where there is none.
+
+    Parameters
+    ----------
+    name
+        Of the annotation, :data:`LINK` to be linked instead.
+    """
     if "opentelemetry.trace" not in sys.modules:
         return {}
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     annotations: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(annotations)
+    if name != _PARENT and _PARENT in annotations:
+        return {name: annotations[_PARENT]}
     return annotations
 
 
@@ -101,9 +117,9 @@ def _wrap_submission() -> None:
 
     @functools.wraps(submit)
     def with_parent(self: Client, *args: Any, **kwargs: Any) -> Any:
-        annotations = {}
-        if (_always or _traced.get()) and "traceparent" not in _dask.get_annotations():
-            annotations = carrier()
+        annotations, how = {}, _traced.get() or (_PARENT if _always else None)
+        if how is not None and _PARENT not in _dask.get_annotations():
+            annotations = carrier(how)
         with _dask.annotate(**annotations):
             return submit(self, *args, **kwargs)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask.typing import Key
 
-from dask_memusage_exporter import process, providers, seam
+from dask_memusage_exporter import http, process, providers, seam
 from dask_memusage_exporter.bootstrap import Bootstrap, ByValue
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.measure import threads
@@ -65,6 +65,8 @@ class WorkerAgent:
         self.reporter = Reporter(worker)
         #: Whether a plugin stands for us on the worker.
         self._owned = False
+        #: Whether our metrics have their page on the worker's HTTP server, which stays.
+        self._has_page = False
         self._process: process.Process | None = None
         #: Open brackets by thread, who measures, and whether they are tasks' (or actor calls').
         self._by_thread: dict[int, tuple[Bracket, process.Process, bool]] = {}
@@ -108,6 +110,10 @@ class WorkerAgent:
             process.join(self, settings)
         if self._process is not None:
             self.reporter.listen(options, self._process)
+            if not self._has_page:
+                self._has_page = True
+                with self._process.health.guard("render"):
+                    http.add_metrics(self.worker, process.here)
         self.worker.metrics[EXTENSION] = self._heartbeat
 
     def deactivate(self) -> None:
@@ -443,7 +449,7 @@ class WorkerAgent:
         window = measuring.settle(bracket, before)
         record = TaskMemory(key, prefix, self.worker.address, *window, *rest)
         if bracket.span is not None:
-            bracket.span.finish(record)
+            bracket.span.finish(record, self.reporter.exemplify)
         return record
 
     def _nbytes(self, key: Key) -> int:

@@ -24,6 +24,7 @@ name is `{namespace}_{worker|scheduler}_{name}`, where the namespace is Dask's o
 `distributed.dashboard.prometheus.namespace` (default `dask`), for example
 `dask_worker_task_memory_peak_bytes`. `task_prefix_name` is the label that Dask's scheduler uses in
 its own metrics, so the two can be joined. Counters end in `_total`, info metrics in `_info`.
+`/memusage/metrics` on the same ports has [ours alone, with exemplars](#exemplars).
 
 | name | kind | labels | on | stability | meaning |
 |---|---|---|---|---|---|
@@ -68,8 +69,32 @@ scheduler shows all, drops the prefix label, `off` drops everything.
 the process on every port, so each page shows the same series. Scrape one of the ports, or
 aggregate with `max` instead of `sum` over `instance`.
 
+## Exemplars
+
+`/memusage/metrics`, on workers and on the scheduler, is a page of ours alone: all that the table
+says of that server and nothing of Dask's, in OpenMetrics 1.0 where the client asks for it, else in
+the plain text. Workers show everything by prefix there, whatever `memusage.worker-metrics` says.
+Where there are [spans](opentelemetry.md#spans), the buckets of peaks and growth carry one exemplar
+each: `trace_id` and `span_id` of the latest task in that bucket whose span is sampled and kept, its
+value and when it ended. Dask's own `/metrics` is plain text, which has no place for them.
+A Prometheus started with `--enable-feature=exemplar-storage` keeps them:
+
+```yaml
+scrape_configs:
+  - job_name: dask-memusage
+    metrics_path: /memusage/metrics
+    static_configs: [{targets: ["scheduler:8787"]}]
+```
+
+Scrape either page of a server for our metrics, or both in jobs of their own and select one by `job`
+in queries: they are the same series, and sums over both count each task twice. The scheduler's page
+hears of spans with the workers' batches, a moment after the counts; there is at most one exemplar a
+bucket and label, however many tasks there are.
+
+## Whose number it is
+
 `task_memory_peak_bytes` counts every task, `task_memory_growth_bytes` only those of scope `thread`
-or `process`; see [whose number it is](kinds-of-task.md). Values of `reason` on a record:
+or `process`; see [kinds of task](kinds-of-task.md). Values of `reason` on a record:
 
 | reason | meaning |
 |---|---|

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -175,16 +176,26 @@ class Prometheus:
     ----------
     program
         Its path.
+    path
+        What it scrapes.
     """
 
-    def __init__(self, program: str, directory: Path, ports: Iterable[int]) -> None:
+    def __init__(
+        self, program: str, directory: Path, ports: Iterable[int], path: str = "/metrics"
+    ) -> None:
         self._address = f"127.0.0.1:{free_port()}"
         directory.mkdir()
         targets = [f"127.0.0.1:{port}" for port in ports]
         # JSON is YAML.
         config = {
             "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
-            "scrape_configs": [{"job_name": "dask", "static_configs": [{"targets": targets}]}],
+            "scrape_configs": [
+                {
+                    "job_name": "dask",
+                    "metrics_path": path,
+                    "static_configs": [{"targets": targets}],
+                }
+            ],
         }
         (directory / "prometheus.yml").write_text(json.dumps(config))
         with (directory / "log").open("w") as log:
@@ -194,6 +205,7 @@ class Prometheus:
                     f"--config.file={directory / 'prometheus.yml'}",
                     f"--storage.tsdb.path={directory / 'data'}",
                     f"--web.listen-address={self._address}",
+                    "--enable-feature=exemplar-storage",
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -208,7 +220,17 @@ class Prometheus:
 
     def query(self, expression: str) -> list[float]:
         """Return the values of an instant query; none while the server starts."""
-        url = f"http://{self._address}/api/v1/query?" + urlencode({"query": expression})
+        found = self._ask("query", query=expression)
+        return [] if found is None else [float(one["value"][1]) for one in found["result"]]
+
+    def exemplars(self, expression: str) -> list[dict[str, Any]]:
+        """Return the exemplars of the last ten minutes of the series of a query."""
+        now = time.time()
+        found = self._ask("query_exemplars", query=expression, start=now - 600, end=now + 60)
+        return [exemplar for series in found or () for exemplar in series["exemplars"]]
+
+    def _ask(self, what: str, **arguments: Any) -> Any:
+        url = f"http://{self._address}/api/v1/{what}?{urlencode(arguments)}"
         with suppress(OSError), urlopen(url, timeout=10) as answer:
-            return [float(one["value"][1]) for one in json.load(answer)["data"]["result"]]
-        return []
+            return json.load(answer)["data"]
+        return None

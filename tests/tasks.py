@@ -218,6 +218,28 @@ def fork_holds(mib: int, seconds: float) -> None:
     assert child.exitcode == 0
 
 
+def bare_fork(seconds: float) -> int:
+    """Fork with nothing around it; the child lives for a while. Return its exit status."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(seconds)
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def open_executor(dask_worker: Any) -> None:
+    """Give a worker an executor of one forked process."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    fork = multiprocessing.get_context("fork")
+    dask_worker.executors["processes"] = ProcessPoolExecutor(1, mp_context=fork)
+
+
+def close_executor(dask_worker: Any) -> None:
+    dask_worker.executors.pop("processes").shutdown()
+
+
 #: A pool of one process, kept by a worker from task to task, and what that process keeps.
 _pool: list[Any] = []
 _kept: list[np.ndarray] = []

@@ -125,6 +125,27 @@ def test_by_hand(sent: tuple[Measured, Received], application: Application) -> N
     submission.unwrap()
 
 
+def test_links_where_a_trace_would_be_endless(
+    sent: tuple[Measured, Received], application: Application
+) -> None:
+    """Each task has a trace of its own that leads to the span that was current."""
+    cluster, received = sent
+    with application.tracer.start_as_current_span("service"), traced(link=True):
+        futures = cluster.client.map(tasks.nothing, range(2), key=["linked-0", "linked-1"])
+        cluster.client.gather(futures)
+    with dask.annotate(**{submission.LINK: "00-nonsense"}):
+        cluster.client.submit(tasks.nothing, key="lost-1").result()
+    spans = wait_until(lambda: len(received.spans("linked")) == 2 and received.spans("linked"))
+    service = application.ids()["service"]
+    assert len({service[0], *(one.data.trace_id.hex() for one in spans)}) == 3
+    for one in spans:
+        assert not one.data.parent_span_id
+        (link,) = one.data.links
+        assert (link.trace_id.hex(), link.span_id.hex()) == service
+    assert not one_span(received, "lost").data.links
+    submission.unwrap()
+
+
 def test_workers_of_an_instrumented_process_measure(instrumented: None) -> None:
     """The preload is configured beside those that are."""
     assert "dask_memusage_exporter" in dask.config.get("distributed.worker.preload")

@@ -3,7 +3,9 @@
 Dask renders the global registry on its event loop, so there is one collector a process, with a
 cheap ``collect`` that never raises: an error here would take Dask's own metrics down.
 
-Covers: the worker's and the scheduler's families in the text format 0.0.4 that Dask writes.
+Covers: the worker's and the scheduler's families, for the text format 0.0.4 that Dask writes and
+for the page that is ours alone.
+Does not cover: that page itself (``openmetrics``).
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from prometheus_client.core import (
     InfoMetricFamily,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar as SampleExemplar
 from prometheus_client.samples import Sample
 
 from dask_memusage_exporter import __version__, catalog
 from dask_memusage_exporter.aggregate import Aggregate, HistogramSnapshot, totals
+from dask_memusage_exporter.exemplars import GROWTH, PEAK, Exemplar, Exemplars
 from dask_memusage_exporter.health import Health
 
 _FAMILIES: dict[str, Callable[..., Any]] = {
@@ -42,10 +46,16 @@ class Renderer(Protocol):
 
     health: Health
 
-    def collect(self) -> Iterable[Metric]:
-        """Return the families as they stand now."""
+    def collect(self, *, own_page: bool = False) -> Iterable[Metric]:
+        """Return the families as they stand now.
 
-    def collect_health(self) -> Iterable[Metric]:
+        Parameters
+        ----------
+        own_page
+            For the page that is ours alone: all of them, with exemplars.
+        """
+
+    def collect_health(self, *, own_page: bool = False) -> Iterable[Metric]:
         """Return those that tell of itself: they are shown where the others fail."""
 
 
@@ -137,7 +147,9 @@ class _Page:
         for label, count in counts.items():
             family.add_metric((label,), count)
 
-    def tasks(self, aggregate: Aggregate, *, inputs: bool) -> None:
+    def tasks(
+        self, aggregate: Aggregate, *, inputs: bool, exemplars: Exemplars | None = None
+    ) -> None:
         """Add everything counted of tasks, by prefix."""
         bounds = _bounds(aggregate)
         peak, growth = (self.family(f"task_memory_{name}_bytes") for name in ("peak", "growth"))
@@ -149,6 +161,9 @@ class _Page:
             _histogram(growth, one.label, bounds, one.growth)
             if input_size is not None:
                 _histogram(input_size, one.label, bounds, one.input)
+            if exemplars is not None:
+                _exemplify(peak, len(bounds), exemplars.of(one.label, PEAK))
+                _exemplify(growth, len(bounds), exemplars.of(one.label, GROWTH))
             for family, value in zip(maxima, (one.peak_maximum, one.growth_maximum), strict=True):
                 if value is not None:
                     family.add_metric((one.label,), value)
@@ -177,6 +192,7 @@ def worker_families(
     mode: str,
     aggregate: Aggregate,
     memory_limit: int | None,
+    exemplars: Exemplars | None = None,
 ) -> list[Metric]:
     """Return the families of a worker's process.
 
@@ -187,6 +203,8 @@ def worker_families(
     mode
         ``memusage.worker-metrics``: ``off`` is no families at all, ``totals`` has no prefix
         labels and no maxima.
+    exemplars
+        None: without.
     """
     if mode == "off":
         return []
@@ -194,7 +212,7 @@ def worker_families(
     if mode == "totals":
         page.totals(aggregate)
     else:
-        page.tasks(aggregate, inputs=False)
+        page.tasks(aggregate, inputs=False, exemplars=exemplars)
     if memory_limit is not None:
         page.value("memory_limit_bytes", memory_limit)
     return page.families
@@ -217,6 +235,7 @@ def scheduler_families(
     killed: Mapping[str, KilledSnapshot],
     worker_limit: int | None,
     last_report: float | None,
+    exemplars: Exemplars | None = None,
 ) -> list[Metric]:
     """Return the families of a scheduler: its whole cluster's.
 
@@ -228,9 +247,11 @@ def scheduler_families(
         The smallest memory limit of the connected workers in bytes.
     last_report
         When a measured worker was last heard of, in seconds since the epoch.
+    exemplars
+        None: without.
     """
     page = _Page(namespace, "scheduler")
-    page.tasks(aggregate, inputs=True)
+    page.tasks(aggregate, inputs=True, exemplars=exemplars)
     killed_tasks = page.family("task_memory_killed_tasks")
     peaks = page.family("task_memory_killed_last_peak_bytes")
     times = page.family("task_memory_killed_last_timestamp_seconds")
@@ -293,6 +314,16 @@ def _histogram(
         samples.append(Sample(bucket, {**labels, "le": bound}, count))
     samples.append(Sample(f"{name}_count", labels, snapshot.cumulative[-1]))
     samples.append(Sample(f"{name}_sum", labels, snapshot.total))
+
+
+def _exemplify(family: Metric, buckets: int, exemplars: Mapping[int, Exemplar]) -> None:
+    """Give the buckets of the histogram that was added last their exemplars."""
+    first = len(family.samples) - buckets - 2  # count and sum come after them
+    for bucket, one in exemplars.items():
+        ids = {"trace_id": one.trace_id, "span_id": one.span_id}
+        family.samples[first + bucket] = family.samples[first + bucket]._replace(
+            exemplar=SampleExemplar(ids, one.value, one.time)
+        )
 
 
 def _merge(into: Metric, other: Metric) -> None:
