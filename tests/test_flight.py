@@ -99,7 +99,8 @@ def test_a_forked_child_does_not_keep_a_dead_parent_alive(tmp_path: Path) -> Non
     holder, child = _hold(tmp_path, fork)
     _end(holder)
     try:
-        assert len(flight.salvage(str(tmp_path), "S")) == 1
+        # The child may not have had its turn yet.
+        assert len(wait_until(lambda: flight.salvage(str(tmp_path), "S"))) == 1
     finally:
         os.kill(int(child), signal.SIGKILL)
 
