@@ -27,11 +27,15 @@ class DaskMemusageInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
     def _instrument(self, **_: Any) -> None:
         submission.wrap()
-        configured = list(dask.config.get(_KEY, default=None) or [])
+        configured = _configured()
         if _PRELOAD not in configured:
             dask.config.set({_KEY: [*configured, _PRELOAD]})
 
     def _uninstrument(self, **_: Any) -> None:
         submission.unwrap()
-        configured = list(dask.config.get(_KEY, default=None) or [])
-        dask.config.set({_KEY: [one for one in configured if one != _PRELOAD]})
+        dask.config.set({_KEY: [one for one in _configured() if one != _PRELOAD]})
+
+
+def _configured() -> list[str]:
+    preloads = dask.config.get(_KEY, default=None) or []
+    return [preloads] if isinstance(preloads, str) else list(preloads)

@@ -36,6 +36,9 @@ _PROTOCOLS = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 #: What the specification says; the SDK's own configurator takes gRPC.
 _DEFAULT_PROTOCOL = "http/protobuf"
 
+#: The specification's ``OTEL_BSP_MAX_QUEUE_SIZE``.
+_QUEUE_SIZE = 2048
+
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -248,11 +251,20 @@ def _exporter(signal: str, name: str) -> type:
     raise ProviderError(f"no {signal} are exported: there is no exporter {name!r}; {mend}")
 
 
+def queue_size() -> int:
+    """Return how many spans may wait, as the SDK reads it: a wrong number is none."""
+    try:
+        size = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", ""))
+    except ValueError:
+        return _QUEUE_SIZE
+    return size if size > 0 else _QUEUE_SIZE
+
+
 def _tracer_provider(exporters: list[type], health: Health, about: Resource) -> Pipeline:
     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    queue = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "2048"))
+    queue = queue_size()
 
     class Counted(BatchSpanProcessor):
         """The SDK's own, which does not tell what it drops."""

@@ -170,8 +170,11 @@ class Reporter:
         if not self._send(BATCH_OP, **message):
             self._unsent.append(message)
 
-    async def goodbye(self) -> None:
-        """Send what is left and take the flight file away: the worker ends in order."""
+    async def goodbye(self, seconds: float) -> None:
+        """Send what is left and take the flight file away: the worker ends in order.
+
+        ``seconds`` is how long that may take where its stream is broken.
+        """
         self.end_all()
         self.flush()
         if not self.heard:
@@ -186,7 +189,7 @@ class Reporter:
                 worker=self._worker.address, batches=self._unsent, **parting
             )
             with contextlib.suppress(Exception):  # it may be gone too
-                await asyncio.wait_for(leaving, _LEAVING)
+                await asyncio.wait_for(leaving, min(_LEAVING, seconds))
                 told = True
         if self._flight is not None:
             # Who reads it then counts what was lost.

@@ -124,7 +124,7 @@ def install(worker: Any, listener: Listener) -> str | None:
 def listen_on_loop(
     worker: Any,
     running: Callable[[str | None], AbstractContextManager[Callable[[Any], None]]],
-    raised: Callable[[Any], None],
+    raised: Callable[[str | None, Any], None],
 ) -> None:
     """Tell of code of a user's that handlers run.
 
@@ -134,7 +134,7 @@ def listen_on_loop(
         Its context is entered while some runs on the event loop, with ``Class.method`` of an
         actor's; it yields what is called with the exception that an actor's has raised.
     raised
-        Called with the exception that an actor's method has raised on a thread.
+        Called with ``Class.method`` and the exception that an actor's has raised on a thread.
     """
 
     def told(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,7 +160,7 @@ def listen_on_loop(
             if not _actor_has_thread(worker, kwargs):
                 return await on_loop(*args, **kwargs)
             result = await execute(*args, **kwargs)
-            _tell_error(result, raised)
+            _tell_error(result, functools.partial(raised, _actor_method(kwargs)))
             return result
 
         worker.handlers["actor_execute"] = actor_execute

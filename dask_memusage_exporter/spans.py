@@ -41,6 +41,7 @@ from dask_memusage_exporter import __version__
 from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate, to_label
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.health import Health
+from dask_memusage_exporter.providers import queue_size
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.submission import LINK
 
@@ -94,7 +95,7 @@ class Failure(NamedTuple):
         if isinstance(error, (bytes, bytearray, memoryview)):
             try:
                 error = pickle.loads(error)
-            except Exception:
+            except BaseException:  # whatever a user's class does: this thread must live
                 error = None
         if not isinstance(error, BaseException):
             return self.text.partition("(")[0] or "_OTHER", self.text
@@ -186,7 +187,7 @@ class Spans:
         self._names: dict[str, tuple[str, str]] = {}
         self._parents: OrderedDict[tuple[str, str], Context] = OrderedDict()
         # As many wait as the SDK lets wait, for a processor that holds them up.
-        most = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "2048"))
+        most = queue_size()
         self._waiting: queue.Queue[tuple[TaskSpan, TaskMemory, Kept | None] | None] = queue.Queue(
             most
         )

@@ -11,6 +11,7 @@ Does not cover: ``span`` where it was imported by name before (``from distribute
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,8 @@ import distributed
 from distributed import Client, spans
 
 from dask_memusage_exporter import __version__
+
+logger = logging.getLogger("distributed.client.memusage")
 
 #: W3C's own name, that of the parent.
 _PARENT = "traceparent"
@@ -119,7 +122,10 @@ def _wrap_submission() -> None:
     def with_parent(self: Client, *args: Any, **kwargs: Any) -> Any:
         annotations, how = {}, _traced.get() or (_PARENT if _always else None)
         if how is not None and _PARENT not in _dask.get_annotations():
-            annotations = carrier(how)
+            try:
+                annotations = carrier(how)
+            except Exception as error:  # a provider's own: what is submitted comes first
+                logger.warning("dask-memusage: tasks have no parent span (%s)", error)
         with _dask.annotate(**annotations):
             return submit(self, *args, **kwargs)
 

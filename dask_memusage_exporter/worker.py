@@ -12,6 +12,7 @@ tears a plugin of the same name down and replaces it, and running tasks must kee
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -51,6 +52,11 @@ _ENDS = {"memory": "finished", "error": "erred", "rescheduled": "rescheduled"}
 #: So many prefixes are remembered to have short tasks.
 _MOST_SHORT = 1_000
 
+#: Seconds for all that we do when a worker closes.
+_CLOSING = 1.9
+#: Actors' calls that have raised and of which nobody has told yet.
+_MOST_RAISED = 1_000
+
 #: Brackets whose transition never came; more than this is a defect of ours, and bounded.
 _MOST_CLOSED = 10_000
 
@@ -75,6 +81,8 @@ class WorkerAgent:
         #: Closed brackets whose transition is on its way.
         self._closed: dict[Key, Bracket] = {}
         self._without_thread: dict[Key, Bracket | None] = {}
+        #: Of actors' calls with a span that have raised, and whose error is on its way.
+        self._raised: deque[Bracket] = deque(maxlen=_MOST_RAISED)
         #: What surrounded each task before it started, and what had come from the scheduler.
         self._before: dict[Key, tuple[Look, int]] = {}
         #: Prefixes whose last task was short and took little.
@@ -130,6 +138,8 @@ class WorkerAgent:
             for open_or_closed in (self._without_thread, self._before, self._closed):
                 open_or_closed.clear()
             self.reporter.end_all()
+            while self._raised:  # nobody tells what they raised any more
+                self._end_call(self._raised.popleft())
 
     def release(self) -> None:
         """Stop measuring unless somebody activates again before the event loop's next round.
@@ -143,9 +153,10 @@ class WorkerAgent:
         """Let everything go; ``Worker.close`` calls this on all extensions."""
         self.deactivate()
         self.reporter.flush()
+        began = perf_counter()
         # Before the goodbye, which tells the scheduler what was lost in it.
         await process.send_last(self)
-        await self.reporter.goodbye()
+        await self.reporter.goodbye(began + _CLOSING - perf_counter())
         process.leave(self)
 
     def _heartbeat(self, _: Worker) -> dict[str, Any]:
@@ -220,18 +231,19 @@ class WorkerAgent:
         """Open a bracket for a task or an actor's method."""
         measuring = self._process
         if measuring is None:
+            self._take_off(thread)
             return
         began = perf_counter()
         self._told = True
+        span = None
         try:
-            left = self._by_thread.pop(thread, None)
-            if left is not None:
-                left[1].tracker.abandon(left[0])
+            self._take_off(thread)
             active = self.worker.active_keys
             # Actors' methods are no tasks: their entry is a name, and it may outlive the call.
             is_task = key in active
             spans = measuring.telemetry.spans
-            span = None if spans is None else self._enter_span(spans, key, is_task, left)
+            if spans is not None:
+                span = self._enter_span(spans, key, is_task)
             bracket = measuring.open(
                 thread,
                 (lambda: key in active or self._process is not measuring)
@@ -245,27 +257,34 @@ class WorkerAgent:
                     self.reporter.runs(key, True)
                 bracket.opened = opened = perf_counter()
                 bracket.start_seconds = opened - began
-            elif span is not None:
-                span.leave()
-                span.drop()
+                span = None  # it is left when the task has ended
         except Exception as error:
             measuring.health.error("start", error)
+        if span is not None:
+            span.leave()
+            span.drop()
 
-    def _enter_span(
-        self,
-        spans: Spans,
-        key: Key,
-        is_task: bool,
-        left: tuple[Bracket, process.Process, bool] | None,
-    ) -> TaskSpan | None:
+    def _take_off(self, thread: int) -> None:
+        """Take off what has ended on this thread without a word: an actor's method that raised."""
+        left = self._by_thread.pop(thread, None)
+        if left is None:
+            return
+        bracket, measuring, is_task = left
+        measuring.tracker.abandon(bracket)
+        if bracket.span is None:
+            return
+        with measuring.health.guard("export"):
+            bracket.span.owner.clear()
+            if is_task:
+                bracket.span.drop()
+            elif not bracket.span.done:
+                # What it raised is told on the event loop, and may be on its way.
+                bracket.stop = time()
+                self._raised.append(bracket)
+
+    def _enter_span(self, spans: Spans, key: Key, is_task: bool) -> TaskSpan | None:
         """Start a span and make it this thread's own, before the task and its measurement."""
         try:
-            if left is not None and left[0].span is not None:
-                spans.clear()
-                if left[2]:
-                    left[0].span.drop()
-                else:
-                    left[0].span.finish_call(self.worker.address, left[0].start, time())
             span = self._start_span(spans, key, is_task)
             if span is not None:
                 spans.enter(span)
@@ -294,13 +313,13 @@ class WorkerAgent:
         except Exception as error:
             measuring.health.error("stop", error)
         if bracket.span is not None:
-            bracket.span.leave()
+            with measuring.health.guard("export"):
+                bracket.span.leave()
         bracket.stop_seconds = perf_counter() - began
         if not is_task:
             measuring.spent(bracket)
             if bracket.span is not None:
-                sizes = bracket.rss, bracket.peak
-                bracket.span.finish_call(self.worker.address, bracket.start, bracket.stop, *sizes)
+                self._end_call(bracket)
 
     # -- code of a user's on the event loop ----------------------------------------------
 
@@ -315,7 +334,7 @@ class WorkerAgent:
             with measuring.health.guard("start"):
                 spans = measuring.telemetry.spans
                 if spans is not None and actor_call is not None:
-                    span = self._enter_span(spans, actor_call, False, None)
+                    span = self._enter_span(spans, actor_call, False)
                 bracket = measuring.open(None, lambda: True)
         try:
             yield lambda error: None if span is None else span.fail(error)
@@ -328,15 +347,30 @@ class WorkerAgent:
                     if span is not None:
                         span.finish_call(self.worker.address, bracket.start, bracket.stop)
 
-    def on_actor_error(self, error: Any) -> None:
-        """End the spans of actors' methods that have raised on a thread: nobody tells of the end.
+    def on_actor_error(self, name: str | None, error: Any) -> None:
+        """End the span of an actor's method that has raised on a thread: nobody tells of its end.
 
-        The brackets stay for the thread's next start to take off.
+        Of those of its name the first: an actor's calls are told of in their order. Its bracket
+        may still stand, for the thread's next start to take off.
         """
-        for bracket, _, is_task in list(self._by_thread.values()):
-            if not is_task and bracket.span is not None and not bracket.alive():
+        taken_off = [one for one in self._raised if one.tag == name]
+        standing = (opened[0] for opened in list(self._by_thread.values()))
+        dead = (one for one in standing if one.tag == name and not one.alive())
+        for bracket in (*taken_off, *dead):
+            if bracket.span is not None and not bracket.span.done:
+                if bracket in taken_off:
+                    self._raised.remove(bracket)
+                else:
+                    bracket.stop = time()
                 bracket.span.fail(error)
-                bracket.span.finish_call(self.worker.address, bracket.start, time())
+                self._end_call(bracket)
+                return
+
+    def _end_call(self, bracket: Bracket) -> None:
+        """End the span of an actor's call, which has no record."""
+        with bracket.span.owner.health.guard("export"):
+            sizes = bracket.rss, bracket.peak
+            bracket.span.finish_call(self.worker.address, bracket.start, bracket.stop, *sizes)
 
     # -- WorkerPlugin.transition: on the event loop --------------------------------------
 

@@ -563,6 +563,12 @@ class Spanned:
     def raises(self) -> None:
         raise ValueError("on purpose")
 
+    def raises_in_a_row(self, text: str) -> None:
+        raise ValueError(text)
+
+    def current(self) -> tuple[int, int]:
+        return current_span()
+
     async def on_loop(self, name: str) -> tuple[int, int]:
         starts_child(name)
         return current_span()

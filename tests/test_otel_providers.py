@@ -263,6 +263,15 @@ def test_a_failing_receiver_delays_nothing(servers: Servers) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("", 2048), ("many", 2048), ("0", 2048), ("-1", 2048), ("7", 7)]
+)
+def test_the_queues_size(text: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong number is none, as the SDK has it, and never a queue without a bound."""
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", text)
+    assert providers.queue_size() == size
+
+
 def test_a_scheduler_ends_in_time_too(set_variables: Any) -> None:
     """Its own last figures wait no longer than they may."""
     with receiver() as silent:

@@ -211,6 +211,31 @@ def test_an_actors_methods_have_spans(sent: tuple[Measured, Received]) -> None:
     assert failed.attributes["error.type"] == "ValueError"
 
 
+def test_actors_calls_that_fail_one_after_the_other(sent: tuple[Measured, Received]) -> None:
+    """Each has its own exception, though the next one starts before anybody tells of it."""
+    cluster, received = sent
+    actor = cluster.client.submit(tasks.Spanned, actor=True).result()
+    texts = [f"number {number}" for number in range(10)]
+    for call in [actor.raises_in_a_row(text) for text in texts]:
+        with pytest.raises(ValueError, match="number"):
+            call.result()
+    one_span(received, "Spanned.raises_in_a_row", len(texts))
+    failed = received.spans("Spanned.raises_in_a_row")
+    assert {one.data.status.code for one in failed} == {ERROR}
+    failed.sort(key=lambda one: one.data.start_time_unix_nano)
+    assert [one.data.status.message for one in failed] == [f"ValueError: {text}" for text in texts]
+
+
+def test_nothing_is_left_on_a_thread_when_measuring_ends() -> None:
+    """Not even by an actor's method that has raised, of whose end nobody tells."""
+    with spanned() as (cluster, _):
+        actor = cluster.client.submit(tasks.Spanned, actor=True).result()
+        with pytest.raises(ValueError, match="on purpose"):
+            actor.raises().result()
+        cluster.client.run(lambda dask_worker: dask_worker.extensions["memusage"].deactivate())
+        assert actor.current().result() == (0, 0)
+
+
 # -- as an application's guest ---------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dask
 import dask.array as da
@@ -66,6 +67,19 @@ def instrumented() -> Iterator[None]:
     instrumentor.uninstrument()
     assert distributed.Client._graph_to_futures.__qualname__ == "Client._graph_to_futures"
     assert not hasattr(distributed.Client._graph_to_futures, "__wrapped__")
+
+
+@pytest.mark.parametrize("before", ["other", ["other"], None])
+def test_preloads_stay_as_they_are_configured(before: Any) -> None:
+    """One that is a string, as a variable gives it, is one preload."""
+    key = "distributed.worker.preload"
+    with dask.config.set({key: before}):
+        instrumentor = DaskMemusageInstrumentor()
+        instrumentor.instrument()
+        others = ["other"] if before else []
+        assert dask.config.get(key) == [*others, "dask_memusage_exporter"]
+        instrumentor.uninstrument()
+        assert dask.config.get(key) == others
 
 
 @pytest.mark.ends

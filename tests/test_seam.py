@@ -184,7 +184,7 @@ def test_code_on_the_event_loop() -> None:
         handlers={"run": run, "actor_execute": actor_execute},
         state=SimpleNamespace(actors={"key": Actor()}),
     )
-    seam.listen_on_loop(worker, running, raised.append)
+    seam.listen_on_loop(worker, running, lambda _, error: raised.append(error))
     # distributed looks at the first argument's name and at the handler's.
     assert list(inspect.signature(worker.handlers["run"]).parameters) == ["comm", "function"]
     assert worker.handlers["run"].__name__ == "run"
