@@ -119,7 +119,7 @@ class Telemetry:
         if self._metrics.pipeline is not None:
             buckets = self._settings.buckets
             self.instruments = otlp.instruments(self._metrics.pipeline.provider, buckets)
-            self.instruments.sources.append(self._source)
+            self.instruments.add(self._source)
 
     def _bind_spans(self, pipeline: providers.Pipeline | None) -> None:
         from dask_memusage_exporter.spans import Spans
@@ -140,8 +140,8 @@ class Telemetry:
 
     def unbind(self) -> None:
         """Observe nothing of ours any more: an application's instruments outlive us."""
-        if self.instruments is not None and self._source in self.instruments.sources:
-            self.instruments.sources.remove(self._source)
+        if self.instruments is not None:
+            self.instruments.remove(self._source)
 
     def close(self) -> list[tuple[threading.Event, providers.Pipeline]]:
         """Begin to send what is left and to end, without waiting for it."""

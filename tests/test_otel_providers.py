@@ -285,7 +285,7 @@ def test_a_scheduler_ends_in_time_too(set_variables: Any) -> None:
 
 
 def test_an_applications_instruments_outlive_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clusters come and go in one process: what has gone is observed no longer."""
+    """Clusters come and go in one process: what has gone is observed no longer, and counts stay."""
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -295,20 +295,25 @@ def test_an_applications_instruments_outlive_us(monkeypatch: pytest.MonkeyPatch)
         providers, "application", lambda signal: own if signal == "metrics" else None
     )
 
-    def workers() -> list[float]:
+    def values(name: str, attribute: str) -> dict[str, float]:
         data = reader.get_metrics_data()
         metrics = [] if data is None else data.resource_metrics[0].scope_metrics[0].metrics
-        return [
-            point.value
+        return {
+            point.attributes[attribute]: point.value
             for metric in metrics
-            if metric.name == "dask.scheduler.task.memory.workers"
+            if metric.name == name
             for point in metric.data.data_points
-            if point.attributes["dask.memusage.source"] == "kernel"
-        ]
+        }
 
+    def workers() -> float | None:
+        return values("dask.scheduler.task.memory.workers", "dask.memusage.source").get("kernel")
+
+    spent = [0.0]
     for _ in range(2):
         with measured(n_workers=1) as cluster:
             cluster.client.submit(tasks.array, 1, key="guest-1").result()
-            wait_until(lambda: workers() == [1])
-        wait_until(lambda: workers() == [])
+            wait_until(lambda: workers() == 1)
+        wait_until(lambda: workers() is None)
+        spent.append(values("dask.memusage.time", "dask.memusage.stage")["record"])
+    assert 0 < spent[1] < spent[2]
     own.shutdown()

@@ -10,6 +10,7 @@ Does not cover: whose provider it is (``providers``) and when it is there (``tel
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
 
 SCOPE_NAME = "dask_memusage_exporter"
 
-#: Values of a metric's labels, in the catalog's order, and the number that belongs to them.
-Values = Iterable[tuple[tuple[str, ...], float | None]]
+#: Values of a metric's labels, in the catalog's order.
+_Labels = tuple[str, ...]
+#: Those, and the number that belongs to them.
+Values = Iterable[tuple[_Labels, float | None]]
+#: One series of a counter.
+_Count = tuple[str, _Labels]
 
 #: Recorded task by task, which is what costs; all others are observed.
 _RECORDED = frozenset(
@@ -57,6 +62,11 @@ class Instruments:
     def __init__(self, provider: MeterProvider, buckets: Sequence[float]) -> None:
         #: Whose states are observed. Instruments cannot be taken back, so sources come and go.
         self.sources: list[Source] = []
+        #: What each had counted when it came: that is not ours to tell, and others may have.
+        self._bases: dict[Source, dict[_Count, float]] = {}
+        #: What those that have gone had counted here: a counter never falls.
+        self._gone: dict[_Count, float] = {}
+        self._lock = threading.Lock()
         self._attributes: dict[str, dict[str, str]] = {}
         meter = provider.get_meter(SCOPE_NAME, __version__)
         made = {
@@ -85,6 +95,22 @@ class Instruments:
             return meter.create_observable_counter(name, callbacks=callbacks, **about)
         return meter.create_observable_gauge(name, callbacks=callbacks, **about)
 
+    def add(self, source: Source) -> None:
+        """Observe a source from now on."""
+        with self._lock:
+            self._bases[source] = dict(_counts(source))
+            self.sources.append(source)
+
+    def remove(self, source: Source) -> None:
+        """Observe it no longer; what it has counted since it came stays."""
+        with self._lock:
+            if source not in self.sources:
+                return
+            self.sources.remove(source)
+            base = self._bases.pop(source)
+            for count, value in _counts(source):
+                self._gone[count] = self._gone.get(count, 0) + value - base.get(count, 0)
+
     def record(self, record: TaskMemory, label: str) -> None:
         """Record one execution under a label that has passed our cap on prefixes."""
         attributes = self._attributes.get(label)
@@ -98,24 +124,42 @@ class Instruments:
 
     def _observed(self, spec: catalog.MetricSpec, on: tuple[str, ...]) -> Iterator[Observation]:
         """Return what all sources have of a metric, on a reader's thread."""
+        with self._lock:
+            values = self._values(spec, on)
+        names = [catalog.ATTRIBUTES[label] for label in spec.labels]
+        for labels, value in values.items():
+            yield Observation(value, dict(zip(names, labels, strict=True)))
+
+    def _values(self, spec: catalog.MetricSpec, on: tuple[str, ...]) -> dict[_Labels, float]:
         # Two sources in one process: sizes are the larger one's, all else adds up.
         merge: Callable[[Any, Any], Any] = (
             max if spec.kind == "gauge" and spec.unit else operator.add
         )
-        values: dict[tuple[str, ...], float] = {}
+        values = {
+            labels: value for (name, labels), value in self._gone.items() if name == spec.name
+        }
         for source in list(self.sources):
             if source.server not in on:
                 continue
+            base = self._bases[source]
             try:
                 for labels, value in source.observe(spec.name):
                     if value is not None:
+                        value -= base.get((spec.name, labels), 0)
                         before = values.get(labels)
                         values[labels] = value if before is None else merge(before, value)
             except Exception as error:
                 source.health.error("export", error)
-        names = [catalog.ATTRIBUTES[label] for label in spec.labels]
-        for labels, value in values.items():
-            yield Observation(value, dict(zip(names, labels, strict=True)))
+        return values
+
+
+def _counts(source: Source) -> Iterator[tuple[_Count, float]]:
+    """Return what a source has counted of the metrics that are observed and never fall."""
+    for spec in catalog.METRICS:
+        if spec.kind == "counter" and spec.otel is not None and source.server in spec.otel.on:
+            for labels, value in source.observe(spec.name):
+                if value is not None:
+                    yield (spec.name, labels), value
 
 
 _known: weakref.WeakKeyDictionary[MeterProvider, Instruments] = weakref.WeakKeyDictionary()
