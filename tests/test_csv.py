@@ -248,15 +248,15 @@ def test_an_existing_file_is_overwritten(two: Measured, tmp_path: Path) -> None:
 
 
 def test_all_rows_are_there_when_the_results_are(two: Measured, tmp_path: Path) -> None:
-    """2,000 tasks, five times: the file is read the moment that gather returns."""
+    """1,000 tasks, five times: the file is read the moment that gather returns."""
     path = tmp_path / "memusage.csv"
     install(two.cluster, path)
     for turn in range(1, 6):
-        keys = [f"complete-{turn}-{i}" for i in range(2000)]
-        two.client.gather(two.client.map(abs, range(2000), key=keys))
-        assert path.read_bytes().count(b"\n") == 1 + turn * 2000
-    assert len({row["task_key"] for row in rows(path)}) == 10_000
-    assert counted(worker_ports(two.cluster), "complete") == 10_000
+        keys = [f"complete-{turn}-{i}" for i in range(1000)]
+        two.client.gather(two.client.map(abs, range(1000), key=keys))
+        assert path.read_bytes().count(b"\n") == 1 + turn * 1000
+    assert len({row["task_key"] for row in rows(path)}) == 5_000
+    assert counted(worker_ports(two.cluster), "complete") == 5_000
 
 
 def test_the_row_of_a_single_result_is_there(two: Measured, tmp_path: Path) -> None:
