@@ -230,14 +230,14 @@ class WorkerAgent:
     def on_start(self, thread: int, key: Key) -> None:
         """Open a bracket for a task or an actor's method."""
         measuring = self._process
-        if measuring is None:
+        if thread in self._by_thread:
             self._take_off(thread)
+        if measuring is None:
             return
         began = perf_counter()
         self._told = True
         span = None
         try:
-            self._take_off(thread)
             active = self.worker.active_keys
             # Actors' methods are no tasks: their entry is a name, and it may outlive the call.
             is_task = key in active
@@ -266,10 +266,7 @@ class WorkerAgent:
 
     def _take_off(self, thread: int) -> None:
         """Take off what has ended on this thread without a word: an actor's method that raised."""
-        left = self._by_thread.pop(thread, None)
-        if left is None:
-            return
-        bracket, measuring, is_task = left
+        bracket, measuring, is_task = self._by_thread.pop(thread)
         measuring.tracker.abandon(bracket)
         if bracket.span is None:
             return
@@ -353,7 +350,7 @@ class WorkerAgent:
         Of those of its name the first: an actor's calls are told of in their order. Its bracket
         may still stand, for the thread's next start to take off.
         """
-        taken_off = [one for one in self._raised if one.tag == name]
+        taken_off = [one for one in list(self._raised) if one.tag == name]
         standing = (opened[0] for opened in list(self._by_thread.values()))
         dead = (one for one in standing if one.tag == name and not one.alive())
         for bracket in (*taken_off, *dead):
