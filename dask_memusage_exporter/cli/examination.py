@@ -19,7 +19,7 @@ from dask_memusage_exporter.cli.command import InputError
 from dask_memusage_exporter.config import Settings
 
 #: Seconds to wait for a scheduler.
-CONNECT_TIMEOUT = 10
+CONNECT_TIMEOUT = 5
 
 
 class Machine(NamedTuple):
