@@ -45,7 +45,7 @@ _COUNTS = struct.Struct("<QQ")
 #: time of the peak, RSS at the start, peak, concurrency.
 _HEAD = struct.Struct("<B8sH")
 _FIELDS = struct.Struct("<ddQQH")
-_WHOLE = struct.Struct("<B8sHddQQH")
+_WHOLE = struct.Struct(_HEAD.format + _FIELDS.format.removeprefix("<"))
 #: In place of the digest of a key that is its own text: the reader makes it.
 _BY_TEXT = bytes(8)
 _SLOT_BYTES = 1024

@@ -370,8 +370,7 @@ class SchedulerAgent:
 
     def _say_overlap(self, worker: str) -> None:
         """Warn once who reads the old tool's columns as sizes of tasks."""
-        state = self.scheduler.workers.get(worker)
-        if state is not None and (state.metrics.get(EXTENSION) or {}).get("source") == "jemalloc":
+        if self.deaths.source_of(worker) == "jemalloc":
             return  # few have no growth there, and what would be said is done
         if any(isinstance(sink, CsvFile) for sink in self.sinks):
             self._said_overlap = True

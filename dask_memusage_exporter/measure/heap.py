@@ -1,7 +1,7 @@
 """What the process's heaps hold free: memory that the next task can use without RSS rising.
 
 Covers: glibc's malloc (``mallinfo2``) or jemalloc in its place, CPython's own small-object
-allocator, Arrow's default pool, and giving free pages back.
+allocator, Arrow's pools, and giving free pages back.
 Does not cover: allocators that a library keeps to itself and that cannot be asked
 (:data:`PRIVATE_ALLOCATORS`), and other malloc replacements. There the answer is None, "not
 known", and so it is whenever the budget does not allow to ask.
@@ -221,6 +221,11 @@ def _figure(text: bytes, name: bytes) -> int:
     return int(text[at + 1 : text.index(b"\n", at)].replace(b",", b""))
 
 
+def _private() -> bool:
+    """Return whether an allocator is loaded that cannot be asked."""
+    return any(name in sys.modules for name in PRIVATE_ALLOCATORS)
+
+
 def _arrow_pools() -> Sequence[Any]:
     """Return Arrow's pools but that of the system's malloc; none where Arrow is not loaded.
 
@@ -273,9 +278,8 @@ def outside() -> int | None:
 
     Of Arrow's pools and of allocators that cannot be asked; not of ``mmap`` itself.
     """
-    for name in PRIVATE_ALLOCATORS:
-        if name in sys.modules:
-            return None
+    if _private():
+        return None
     try:
         return sum(int(pool.total_bytes_allocated()) for pool in _arrow_pools())
     except AttributeError:  # before Arrow 18
@@ -329,9 +333,8 @@ class Heap:
         if self.unknown is not None or not self._asking.allows:
             self.ready = False
             return None
-        for name in PRIVATE_ALLOCATORS:
-            if name in sys.modules:
-                return None
+        if _private():
+            return None
         arrow = arrow_free()
         if arrow is None:
             return None
