@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Tests wait for processes to start and end most of the time: two run at once on two cores.
+TEST_WORKERS ?= 2
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-floor lint bench docs clean
@@ -13,7 +15,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	tests/install-components
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 # The oldest releases that pyproject.toml declares, in an environment of their own.
 test-floor:
