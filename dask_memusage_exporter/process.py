@@ -23,8 +23,9 @@ from dask_memusage_exporter.exemplars import Exemplars
 from dask_memusage_exporter.exporters import prometheus
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.measure import choose, threads
+from dask_memusage_exporter.measure.bracket import Bracket, Look, Window
 from dask_memusage_exporter.measure.heap import Heap
-from dask_memusage_exporter.measure.tracker import Bracket, Look, Tracker, Window
+from dask_memusage_exporter.measure.tracker import Tracker
 from dask_memusage_exporter.telemetry import Telemetry
 from dask_memusage_exporter.traffic import Traffic
 

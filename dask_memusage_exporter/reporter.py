@@ -25,7 +25,7 @@ from dask.typing import Key
 from dask_memusage_exporter import flight
 from dask_memusage_exporter.aggregate import Batch
 from dask_memusage_exporter.exemplars import Exemplars
-from dask_memusage_exporter.measure.tracker import Bracket
+from dask_memusage_exporter.measure.bracket import Bracket
 from dask_memusage_exporter.records import TaskMemory, to_row
 
 if TYPE_CHECKING:

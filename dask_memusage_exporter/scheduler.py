@@ -24,13 +24,14 @@ from dask_memusage_exporter import __version__, catalog, http, providers
 from dask_memusage_exporter.aggregate import Aggregate, checked, is_count
 from dask_memusage_exporter.bootstrap import ByValue, NannyByValue
 from dask_memusage_exporter.config import ConfigError, Settings, explicit, prometheus_namespace
-from dask_memusage_exporter.deaths import Deaths, Kill, Kills, describe, to_record
+from dask_memusage_exporter.deaths import Deaths
 from dask_memusage_exporter.exemplars import Exemplars
 from dask_memusage_exporter.exemplars import checked as checked_exemplars
 from dask_memusage_exporter.exporters import RecordSink, prometheus
 from dask_memusage_exporter.exporters.csv_file import CsvFile
 from dask_memusage_exporter.exporters.recordings import START_OP, STOP_OP, RecordingSink
 from dask_memusage_exporter.health import Health
+from dask_memusage_exporter.kills import Kill, Kills, describe, to_record
 from dask_memusage_exporter.records import from_row
 from dask_memusage_exporter.reporter import BATCH_OP, GOODBYE_OP, HELLO_OP, LEAVING_OP, RECORDS_OP
 from dask_memusage_exporter.telemetry import Telemetry

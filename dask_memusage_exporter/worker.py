@@ -27,8 +27,8 @@ from dask_memusage_exporter import http, process, providers, seam
 from dask_memusage_exporter.bootstrap import Bootstrap, ByValue
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.measure import threads
+from dask_memusage_exporter.measure.bracket import SHORT, Bracket, Look
 from dask_memusage_exporter.measure.scopes import FLOOR_BYTES
-from dask_memusage_exporter.measure.tracker import SHORT, Bracket, Look
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.reporter import Reporter
 from dask_memusage_exporter.traffic import Traffic

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from dask_memusage_exporter.measure import threads
+from dask_memusage_exporter.measure.bracket import Bracket, Window
 from dask_memusage_exporter.measure.highwater import KernelSource
-from dask_memusage_exporter.measure.tracker import Bracket, Tracker, Window
+from dask_memusage_exporter.measure.tracker import Tracker
 from tests.conftest import wait_until
 
 #: What children this process has is the question here.

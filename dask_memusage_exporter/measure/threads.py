@@ -11,6 +11,8 @@ from __future__ import annotations
 import resource
 import threading
 import time
+from collections.abc import Iterable
+from math import inf
 
 #: Processor time, in ns, below which a thread counts as idle in a window: waking up to look at
 #: a condition costs some ten microseconds, touching 1 MiB of fresh memory a hundred or more.
@@ -66,3 +68,13 @@ def cpu_ns(clock: int | None) -> int | None:
         return time.clock_gettime_ns(clock)
     except OSError:
         return None
+
+
+def total(times: Iterable[int | None]) -> int:
+    """Return a sum of processor times in ns; unknown ones count nothing."""
+    return sum(one or 0 for one in times)
+
+
+def between(before: int | None, now: int | None) -> float:
+    """Return processor time in ns between two looks; infinite where a thread has no clock."""
+    return inf if before is None or now is None else now - before

@@ -19,125 +19,25 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
-from math import inf
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 from dask_memusage_exporter.measure import threads
+from dask_memusage_exporter.measure.bracket import Bracket, Look, Window
 from dask_memusage_exporter.measure.children import Children
 from dask_memusage_exporter.measure.heap import Heap, outside
 from dask_memusage_exporter.measure.highwater import PAGE, Source
 from dask_memusage_exporter.measure.hugepages import HugePages
 from dask_memusage_exporter.measure.jemalloc import ThreadPeak
+from dask_memusage_exporter.measure.neighbours import Neighbours, part
 from dask_memusage_exporter.measure.polling import Sampler
 from dask_memusage_exporter.measure.scopes import BRIEF, FLOOR_BYTES, judge
 
 #: One page fault maps so much of a file at the most: a large folio of the page cache.
 FAULT_AROUND = 2**21
-
-
-#: In so many seconds no child process comes or goes, and a task is so short that to ask the heap
-#: before it would take as long.
-SHORT = 100e-6
-
 _PROCESSORS = os.cpu_count() or 1
 
 #: So many page faults map less of files than what would be called much.
 FEW_FAULTS = 8
-
-
-class Window(NamedTuple):
-    """What was measured of one task; see :class:`dask_memusage_exporter.records.TaskMemory`."""
-
-    start: float
-    stop: float
-    start_bytes: int
-    peak_bytes: int
-    growth_bytes: int | None
-    scope: str
-    reason: str | None
-    reusable_bytes: int | None
-    foreign_bytes: int
-    concurrency: int
-
-
-class Look(NamedTuple):
-    """What is read on the event loop before a task starts and after it has ended."""
-
-    #: CPU times of the witnesses, in ns.
-    witnesses: tuple[int | None, ...]
-    #: CPU time in ns of all threads but the witnesses, the event loop and the sampler.
-    others: int
-    #: Page faults of the event loop's thread.
-    faults: int
-    #: :meth:`Children.reaped` as it was last known: rather too early than too late.
-    reaped: int
-    #: See :func:`heap.outside`; 0 where no thread's own peak is known.
-    outside: int | None
-
-
-class Bracket:
-    """A window. Made by :meth:`Tracker.start`; changed by the tracker only, under its lock."""
-
-    # Defaults stand on the class: most brackets never meet another, and set few of these.
-    start = stop = 0.0
-    #: RSS at the start, children included, and the highest so far.
-    rss = peak = 0
-    #: The file-backed part of RSS at the start, and the highest seen so far.
-    start_mapped = mapped = 0
-    #: Page faults of the process at the start and at the stop; always 0 where not known.
-    faults = faults_after = 0
-    #: Growth between two resets of the mark beyond one small page a page fault, the most that is
-    #: not weighed yet, and the huge pages there were before it; and what of it was pages of files.
-    excess = files = 0
-    huge: int | None = None
-    #: By how much RSS fell below its start: room that it does not show.
-    gone = 0
-    reusable: int | None = None
-    concurrency = 1
-    overlapped = False
-    #: Whether the task has a thread of its own, and that thread's CPU clock where it is known.
-    own_thread = False
-    clock: int | None = None
-    #: CPU times in ns, once there is a neighbour: of the own thread when it was first met, of the
-    #: process and the house then, and of each neighbour when both were first open.
-    cpu: int | None = None
-    process_cpu = house_cpu = 0
-    others: dict[Bracket, int | None] | None = None
-    #: What neighbours have used while both were open, in ns.
-    neighbours = 0.0
-    #: See :attr:`Children.changes`, at the start and at the stop.
-    changes = changes_after = 0
-
-    #: What the task's thread held at the start and at the stop, and its peak between; the peak is
-    #: None where it is not known. See :class:`jemalloc.ThreadPeak`.
-    held = held_after = 0
-    thread_peak: int | None = None
-
-    #: Whatever its maker wants to find again.
-    tag: Any = None
-    #: Its maker's span of the task, where it makes one.
-    span: Any = None
-    #: Whether the process had no page fault in the window. Then nothing new has become resident,
-    #: by anybody, and most of what could be asked does not matter.
-    quiet = False
-
-    #: The worker's number, set by whoever opens and closes: what it had moved at either end.
-    foreign = foreign_after = 0
-    #: When its maker had opened it, in seconds of a clock that nobody sets.
-    opened = 0.0
-    #: How long it was open by that clock; infinite where not known.
-    seconds = inf
-    #: Its maker's time on the task's thread, to be counted once it is off it.
-    start_seconds = stop_seconds = 0.0
-
-    #: Returns False once what opened the bracket has ended without closing it.
-    alive: Callable[[], bool]
-
-    @property
-    def uneventful(self) -> bool:
-        """Whether nothing that surrounded it can matter: no page fault, and no time for much."""
-        return self.quiet and self.seconds < SHORT and self.thread_peak is None
 
 
 class Tracker:
@@ -185,11 +85,10 @@ class Tracker:
         self._huge = self._huge_pages.taken()
         #: RSS, page faults and ``_huge`` at the last reset of the mark.
         self._base: tuple[int, int, int | None] = self._rss, 0, None
+        self._neighbours = Neighbours()
         #: CPU clocks of threads that are no task's, by what their activity means: "offload",
         #: data of unknown size was (de)serialised; "code", unknown code ran.
         self._witnesses: list[tuple[int, str]] = []
-        #: CPU clocks of the event loop and our own thread: what they do is told by other means.
-        self._house: list[int] = []
         self._sampler = Sampler(self._tick)
         self._sampler_clock = threads.clock_of(self._sampler.thread.ident)
         self.add_house(self._sampler_clock)
@@ -200,11 +99,12 @@ class Tracker:
         """Take the CPU clock of a thread as a witness against growth; "offload" or "code"."""
         if clock is not None and (clock, meaning) not in self._witnesses:
             self._witnesses.append((clock, meaning))
+            self._neighbours.explain(clock)
 
     def add_house(self, clock: int | None) -> None:
         """Take the CPU clock of a thread whose activity is explained."""
-        if clock is not None and clock not in self._house:
-            self._house.append(clock)
+        if clock is not None:
+            self._neighbours.explain(clock)
 
     def look(self) -> Look:
         """Read what surrounds a task, on the event loop."""
@@ -213,7 +113,7 @@ class Tracker:
         witnesses = tuple(threads.cpu_ns(clock) for clock, _ in self._witnesses)
         faults, loop_ns = threads.own_usage()
         sampler_ns = threads.cpu_ns(self._sampler_clock) or 0
-        others = time.process_time_ns() - loop_ns - sampler_ns - _sum(witnesses)
+        others = time.process_time_ns() - loop_ns - sampler_ns - threads.total(witnesses)
         return Look(witnesses, others, faults, self._reaped, self._outside())
 
     def _outside(self) -> int | None:
@@ -295,7 +195,7 @@ class Tracker:
             finally:
                 self._leave(bracket)
             if bracket.others is not None:
-                self._close_account(bracket)
+                self._neighbours.close_account(bracket)
             bracket.changes_after = self._children.changes
         return True
 
@@ -322,7 +222,7 @@ class Tracker:
                 self._witnesses, before.witnesses, after.witnesses, strict=False
             ):
                 # No thread uses more than the time there was, of whenever the look before is.
-                if min(_between(*used), bracket.seconds * 1e9) > threads.IDLE_NS:
+                if min(threads.between(*used), bracket.seconds * 1e9) > threads.IDLE_NS:
                     offloaded |= meaning == "offload"
                     bracket.overlapped |= meaning == "code"
         if self._heap is not None and bracket.peak - bracket.rss > FLOOR_BYTES:
@@ -413,8 +313,6 @@ class Tracker:
                 bracket.excess, bracket.huge = excess, huge
         return rss
 
-    # -- neighbours ----------------------------------------------------------------------
-
     def _meet(self, new: Bracket, children_peak: int) -> None:
         """Let a bracket that opens and those that are open know of each other. Locked.
 
@@ -422,15 +320,7 @@ class Tracker:
         """
         self._fold(children_peak, self._source.faults())
         self._bury()
-        self._open_account(new)
-        new.others = {}
-        for bracket in self._open:
-            new.others[bracket] = threads.cpu_ns(bracket.clock)
-            if bracket.others is None:  # its first neighbour
-                bracket.others = {}
-                self._open_account(bracket)
-            bracket.concurrency = max(bracket.concurrency, len(self._open) + 1)
-        new.concurrency = len(self._open) + 1
+        self._neighbours.meet(new, self._open)
 
     def _bury(self) -> None:
         """Take off the brackets of what has ended without closing them. Locked."""
@@ -438,42 +328,10 @@ class Tracker:
             self._leave(bracket)
 
     def _leave(self, ending: Bracket) -> None:
-        """Take a bracket off, and settle what it and those that stay open have used. Locked."""
+        """Take a bracket off. Locked."""
         self._open.remove(ending)
-        if not self._open:
-            return
-        used = threads.cpu_ns(ending.clock)
-        for bracket in self._open:
-            # What each has used since both have been open: one without a thread of its own
-            # (coroutines) "infinitely" much, for it can have done anything.
-            before = (bracket.others or {}).get(ending, ending.cpu)
-            bracket.neighbours += _between(before, used)
-            before = (ending.others or {}).get(bracket, bracket.cpu)
-            cpu = threads.cpu_ns(bracket.clock)
-            ending.neighbours += _between(before, cpu)
-            if bracket.others is not None:
-                bracket.others.pop(ending, None)
-
-    def _open_account(self, bracket: Bracket) -> None:
-        """Note processor times from which a bracket is no longer alone. Locked."""
-        bracket.cpu = threads.cpu_ns(bracket.clock)
-        bracket.process_cpu = time.process_time_ns()
-        bracket.house_cpu = self._house_cpu()
-
-    def _close_account(self, bracket: Bracket) -> None:
-        """Say from processor times whether others can have touched memory meanwhile. Locked."""
-        # A neighbour may be idle itself and have helper threads that are not.
-        process = time.process_time_ns() - bracket.process_cpu
-        own = _between(bracket.cpu, threads.cpu_ns(bracket.clock))
-        house = self._house_cpu() - bracket.house_cpu
-        unexplained = process - own - house - bracket.neighbours
-        bracket.overlapped |= bracket.neighbours > threads.IDLE_NS or unexplained > max(
-            threads.UNEXPLAINED_NS, threads.UNEXPLAINED_SHARE * process
-        )
-
-    def _house_cpu(self) -> int:
-        clocks = (*self._house, *(clock for clock, _ in self._witnesses))
-        return _sum(map(threads.cpu_ns, clocks))
+        if self._open:
+            part(ending, self._open)
 
     # -- between boundaries --------------------------------------------------------------
 
@@ -532,15 +390,6 @@ def _unexplained(bracket: Bracket, before: Look, after: Look) -> int:
 
 def _rise(before: int | None, after: int | None) -> int | None:
     return None if before is None or after is None else after - before
-
-
-def _sum(times: Iterable[int | None]) -> int:
-    return sum(one or 0 for one in times)
-
-
-def _between(before: int | None, now: int | None) -> float:
-    """Return processor time in ns between two looks; infinite where a thread has no clock."""
-    return inf if before is None or now is None else now - before
 
 
 _trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
