@@ -16,6 +16,7 @@ import contextlib
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,10 @@ LEAVING_OP = "memusage_leaving"
 #: Records that wait to be made, at most.
 _MOST_UNMADE = 100
 
+#: Batches that wait for the goodbye of a worker whose stream is broken: it closes soon, but for a
+#: task that does not end.
+_MOST_UNSENT = 1_000
+
 #: Seconds that a worker's goodbye may take where its stream is broken.
 _LEAVING = 1.0
 
@@ -63,8 +68,9 @@ class Reporter:
         self.rows = False
         self._flight: flight.FlightFile | None = None
         self._incarnation = uuid.uuid4().hex
-        #: Batches that the stream did not take.
-        self._unsent: list[dict[str, Any]] = []
+        #: Batches that the stream did not take. What is pushed out is missing at the scheduler,
+        #: which counts it when it hears how many records there were.
+        self._unsent: deque[dict[str, Any]] = deque(maxlen=_MOST_UNSENT)
         #: What executes, with its slot in the flight file, if it has one.
         self._slots: dict[Key, int | None] = {}
         #: Records made.
@@ -186,7 +192,7 @@ class Reporter:
         if not told:
             # The stream is broken, or was for a while: by a connection of its own.
             leaving = getattr(self._worker.scheduler, LEAVING_OP)(
-                worker=self._worker.address, batches=self._unsent, **parting
+                worker=self._worker.address, batches=list(self._unsent), **parting
             )
             with contextlib.suppress(Exception):  # it may be gone too
                 await asyncio.wait_for(leaving, min(_LEAVING, seconds))

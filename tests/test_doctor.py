@@ -99,12 +99,16 @@ def test_a_cluster_that_is_measured(make_cluster: Callable[..., LocalCluster]) -
     assert found["cluster"]["sources"] == {"kernel": 2}
     assert found["cluster"]["scheduler"]["metrics_port"] == cluster.scheduler.http_server.port
     said = advice(found)
-    for address in cluster.scheduler.workers:
-        assert f"{address} runs 2 threads" in said
+    (one,) = found["advice"]  # told once, for both
+    assert one["workers"] == sorted(cluster.scheduler.workers)
+    assert "2 threads, and tasks that overlap" in said
     assert "malloc is not jemalloc" in said
     assert "install(client, jemalloc=True)" in said
     text = run_cli("memusage", "doctor", "--scheduler", cluster.scheduler_address).stdout
-    assert "  kernel on 2 workers: exact: the kernel's high-water mark can be reset; tasks" in text
+    assert (
+        "  kernel on all 2 workers: exact: the kernel's high-water mark can be reset; tasks" in text
+    )
+    assert "\n- all 2 workers: 2 threads, and tasks" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -187,11 +191,11 @@ def test_workers_that_wanted_jemalloc(servers: Servers, jemalloc: str, tmp_path:
     install(servers.client, jemalloc=bad)
     found = doctor("--scheduler", address, code=1)
     lines = {
-        name: [one["text"] for one in found["advice"] if one["text"].startswith(where)]
+        name: [one["text"] for one in found["advice"] if where in one["workers"]]
         for name, where in addresses.items()
     }
     (refused,) = lines["refused"]
-    assert f"its nanny could not turn jemalloc on: object '{bad}' from LD_PRELOAD" in refused
+    assert f"the nanny could not turn jemalloc on: object '{bad}' from LD_PRELOAD" in refused
     (lower,) = lines["lower"]
     assert "pre-spawn-environ.ld_preload does nothing" in lower
     (pymalloc,) = lines["pymalloc"]

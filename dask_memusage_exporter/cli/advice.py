@@ -23,6 +23,8 @@ class Advice(NamedTuple):
     text: str
     #: Whether something is wrong, and not merely less than it could be.
     wrong: bool = True
+    #: Addresses of the workers that it is for; none: it says itself what it is for.
+    workers: tuple[str, ...] = ()
 
 
 def of_machine(machine: Machine, settings: Settings | None) -> Iterator[Advice]:
@@ -50,9 +52,9 @@ def of_machine(machine: Machine, settings: Settings | None) -> Iterator[Advice]:
             yield Advice(cannot, wrong=False)
 
 
-def _does_nothing(name: str, where: str = "") -> Advice:
+def _does_nothing(name: str) -> Advice:
     return Advice(
-        f"{where}{_PRE_SPAWN}.{name} does nothing: Dask makes small letters of what comes by "
+        f"{_PRE_SPAWN}.{name} does nothing: Dask makes small letters of what comes by "
         f"DASK_... variables. Set memusage.jemalloc: true, or {name.upper()} in a YAML "
         "file of Dask's configuration, or in the worker's own environment."
     )
@@ -82,43 +84,48 @@ def of_cluster(cluster: Cluster) -> Iterator[Advice]:
         else:
             mend = f"start it with --preload {_MODULE}, or call {_MODULE}.install(client)"
         yield Advice(f"The scheduler does not measure its cluster; {mend}.")
-    for address, one in cluster.workers.items():
-        yield from _of_worker(address, one, measures=cluster.scheduler["measures"])
+    # What many workers are told alike is one line.
+    alike: dict[Advice, list[str]] = {}
+    for address, one in sorted(cluster.workers.items()):
+        for advice in _of_worker(one, measures=cluster.scheduler["measures"]):
+            alike.setdefault(advice, []).append(address)
+    for advice, workers in alike.items():
+        yield advice._replace(workers=tuple(workers))
     yield from _of_scrapes(cluster)
 
 
-def _of_worker(address: str, one: Mapping[str, Any], *, measures: bool) -> Iterator[Advice]:
+def _of_worker(one: Mapping[str, Any], *, measures: bool) -> Iterator[Advice]:
     if one["package"] is None:
-        yield Advice(f"{address} is not measured; install dask-memusage-exporter there.")
+        yield Advice("not measured; install dask-memusage-exporter there.")
     elif one["source"] == "missing":
         if measures:
-            yield Advice(f"{address} is not measured; see its log for a line of dask-memusage.")
+            yield Advice("not measured; see the log there for a line of dask-memusage.")
     elif one["source"] == "polling":
-        yield Advice(f"{address} only samples: {one['why']}.", wrong=False)
+        yield Advice(f"peaks are only sampled: {one['why']}.", wrong=False)
     if one["source"] != "jemalloc":
-        yield from _of_jemalloc(address, one)
+        yield from _of_jemalloc(one)
 
 
-def _of_jemalloc(address: str, one: Mapping[str, Any]) -> Iterator[Advice]:
+def _of_jemalloc(one: Mapping[str, Any]) -> Iterator[Advice]:
     """Tell a worker that is not on it why, if somebody wanted it or it has use for it."""
     for name in one["lower_cased"]:
-        yield _does_nothing(name, f"{address}: ")
+        yield _does_nothing(name)
     if one["refusal"] is not None:
-        yield Advice(f"{address}: its nanny could not turn jemalloc on: {one['refusal']}.")
+        yield Advice(f"the nanny could not turn jemalloc on: {one['refusal']}.")
     elif _in_vain(one["environment"], one["why"]):
         yield Advice(
-            f"{address} was started with LD_PRELOAD={one['environment']['LD_PRELOAD']}, and "
+            f"started with LD_PRELOAD={one['environment']['LD_PRELOAD']}, and "
             f"jemalloc is not used: {_obstacle(one['why'])}."
         )
     elif one["source"] == "kernel" and one["threads"] > 1:
         way = (
             "set memusage.jemalloc: true, or call install(client, jemalloc=True)"
             if one["nanny"]
-            else "it has no nanny: start it with the variables that `dask memusage doctor` prints "
-            "on its machine"
+            else "there is no nanny: start it with the variables that `dask memusage doctor` "
+            "prints on that machine"
         )
         yield Advice(
-            f"{address} runs {plural(one['threads'], 'thread')}, and tasks that overlap have no "
+            f"{plural(one['threads'], 'thread')}, and tasks that overlap have no "
             f"growth of their own without jemalloc ({_obstacle(one['why']) or one['why']}); {way}.",
             wrong=False,
         )

@@ -93,8 +93,10 @@ def _text(machine: Machine, cluster: Cluster | None, advice: Sequence[Advice]) -
     yield ""
     if not advice:
         yield "Nothing to mend."
+    everybody = 0 if cluster is None else len(cluster.workers)
     for one in advice:
-        yield from wrap(f"- {one.text}", WIDTH, subsequent_indent="  ")
+        whose = f"{_names(one.workers, everybody)}: " if one.workers else ""
+        yield from wrap(f"- {whose}{one.text}", WIDTH, subsequent_indent="  ")
 
 
 def _whys(workers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -104,12 +106,16 @@ def _whys(workers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if one["why"] is not None:
             alike.setdefault((one["source"], one["why"]), []).append(address)
     for (source, why), addresses in alike.items():
-        names = ", ".join(addresses[:_NAMED])
-        if len(addresses) == len(workers):
-            names = plural(len(workers), "worker")
-        elif len(addresses) > _NAMED:
-            names += f" and {len(addresses) - _NAMED} more"
-        yield from _paragraph(f"{source} on {names}: {why}")
+        yield from _paragraph(f"{source} on {_names(addresses, len(workers))}: {why}")
+
+
+def _names(addresses: Sequence[str], everybody: int) -> str:
+    """Name workers: the first few, or all of them as such."""
+    if len(addresses) == everybody:
+        return "the only worker" if everybody == 1 else f"all {everybody} workers"
+    names = ", ".join(addresses[:_NAMED])
+    more = len(addresses) - _NAMED
+    return names if more <= 0 else f"{names} and {more} more"
 
 
 def _paragraph(text: str) -> list[str]:
