@@ -382,17 +382,24 @@ def test_sigterm_is_no_kill(options: tuple[str, ...], held: bool, tmp_path: Path
         # Another one tells what the first one has left, if it has.
         servers.worker("--no-nanny", env=environment)
         servers.client.submit(nap, 0.0, key="after-0").result()
-        # Once this one's counts are there, all that came before it has been taken in.
+        # Once this one's counts are there, all that came before it has been taken in; what is lost
+        # is counted when the first one's end is settled.
         name = "dask_scheduler_task_memory_tasks_total"
         wait_until(
             lambda: Metrics.read(servers.scheduler_port).total(name, task_prefix_name="after") == 1
         )
-        metrics = Metrics.read(servers.scheduler_port)
-        assert metrics.total("dask_scheduler_task_memory_killed_tasks_total") == 0
-        counted = metrics.total(name, task_prefix_name="before")
-        lost = metrics.total("dask_scheduler_task_memory_dropped_records_total")
+
+        def accounted() -> tuple[float, float] | None:
+            metrics = Metrics.read(servers.scheduler_port)
+            counted = metrics.total(name, task_prefix_name="before")
+            lost = metrics.total("dask_scheduler_task_memory_dropped_records_total")
+            return (counted, lost) if counted + lost >= 50 else None
+
+        counted, lost = wait_until(accounted, timeout=60, what="all records to be accounted for")
         assert counted + lost == 50
         assert held or lost == 0
+        metrics = Metrics.read(servers.scheduler_port)
+        assert metrics.total("dask_scheduler_task_memory_killed_tasks_total") == 0
         del future
     finally:
         servers.close()
