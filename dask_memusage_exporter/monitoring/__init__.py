@@ -1,0 +1,1 @@
+"""What a team switches on: dashboards, alerting rules and examples."""
