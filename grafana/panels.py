@@ -15,8 +15,9 @@ Thresholds = tuple[tuple[float | None, str], ...]
 NONE_IS_GOOD: Thresholds = ((None, "green"), (1, "red"))
 #: A share of the worker's limit. Dask's nanny kills at 0.95, and pauses at 0.8.
 OF_LIMIT: Thresholds = ((None, "green"), (0.8, "orange"), (0.95, "red"))
-#: How much larger than the baseline.
+#: How much larger than the baseline, and how large beside it.
 CHANGE: Thresholds = ((None, "green"), (0.1, "orange"), (0.3, "red"))
+BESIDE: Thresholds = ((None, "green"), (1.1, "orange"), (1.3, "red"))
 PLAIN: Thresholds = ((None, "text"),)
 
 #: Said by panels of worker series where workers are not scraped.
@@ -86,6 +87,15 @@ class Column(NamedTuple):
     width: int | None = None
 
 
+class Ratio(NamedTuple):
+    """A column that Grafana computes: one column by another."""
+
+    title: str
+    left: str
+    right: str
+    thresholds: Thresholds
+
+
 class Table(NamedTuple):
     """A row for each value of a label."""
 
@@ -96,6 +106,7 @@ class Table(NamedTuple):
     columns: tuple[Column, ...]
     #: The first of these that is there sorts the table, largest first.
     sort: tuple[str, ...]
+    ratio: Ratio | None = None
     no_value: str = "-"
     width: int = 24
     height: int = 10

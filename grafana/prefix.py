@@ -5,6 +5,8 @@ from __future__ import annotations
 from grafana import killed
 from grafana.overview import GROWTH, KNOWN, MAXIMUM, OF_THE_LIMIT, PEAK, TASKS
 from grafana.panels import (
+    BESIDE,
+    Ratio,
     CHANGE,
     NO_WORKERS,
     NONE_IS_GOOD,
@@ -186,15 +188,9 @@ CHANGED = Row(
             (
                 Column("Before", _BEFORE, "bytes"),
                 Column("In the time range", _NOW, "bytes"),
-                Column(
-                    "Changed",
-                    f"({_NOW}) / on (statistic) ({_BEFORE}) - 1",
-                    "percentunit",
-                    CHANGE,
-                    decimals=0,
-                ),
             ),
             ("Statistic",),
+            Ratio("Beside before", "In the time range", "Before", BESIDE),
             width=12,
         ),
         Lines(
