@@ -178,17 +178,28 @@ class Prometheus:
         Its path.
     path
         What it scrapes.
+    more
+        Other keys of its configuration, such as ``rule_files``.
     """
 
     def __init__(
-        self, program: str, directory: Path, ports: Iterable[int], path: str = "/metrics"
+        self,
+        program: str,
+        directory: Path,
+        ports: Iterable[int],
+        path: str = "/metrics",
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         self._address = f"127.0.0.1:{free_port()}"
         directory.mkdir()
         targets = [f"127.0.0.1:{port}" for port in ports]
         # JSON is YAML.
         config = {
-            "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+            "global": {
+                "scrape_interval": "200ms",
+                "scrape_timeout": "200ms",
+                "evaluation_interval": "1s",
+            },
             "scrape_configs": [
                 {
                     "job_name": "dask",
@@ -196,6 +207,7 @@ class Prometheus:
                     "static_configs": [{"targets": targets}],
                 }
             ],
+            **(more or {}),
         }
         (directory / "prometheus.yml").write_text(json.dumps(config))
         with (directory / "log").open("w") as log:
