@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import heatmap as heat
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from grafana.panels import Column, Heatmap, Lines, Panel, Stat, Table, Thresholds
+from grafana.panels import Column, Heatmap, Lines, Panel, Query, Stat, Table, Thresholds
 from grafana.variables import DATASOURCE
 
 #: A limit among lines.
@@ -25,7 +25,6 @@ _BORDER: Mapping[str, object] = {
     "custom.lineStyle": {"fill": "dash", "dash": [8, 8]},
     "color": {"mode": "fixed", "fixedColor": "red"},
 }
-
 
 
 class Asked(NamedTuple):
@@ -40,9 +39,9 @@ class Link(NamedTuple):
     """The data link to a prefix's dashboard, from wherever its name stands."""
 
     #: From a series.
-    of_series: list[dict[str, object]]
+    of_series: list[dict[str, str]]
     #: From a row of a table.
-    of_row: list[dict[str, object]]
+    of_row: list[dict[str, str]]
 
 
 def stat(one: Stat, queries: Sequence[Asked]) -> Any:
@@ -62,7 +61,7 @@ def stat(one: Stat, queries: Sequence[Asked]) -> Any:
     return _named(panel, one)
 
 
-def lines(one: Lines, queries: Sequence[Asked], link: Link) -> Any:
+def lines(one: Lines, queries: Sequence[Asked], link: Link | None) -> Any:
     """Return series over time; the first query's lead to their prefix where the panel says so."""
     legend = (
         common.VizLegendOptions()
@@ -100,7 +99,7 @@ def lines(one: Lines, queries: Sequence[Asked], link: Link) -> Any:
     for asked in queries:
         if asked.query.border:
             panel.override_by_query(asked.letter, _properties(_BORDER))
-    if one.drill:
+    if link is not None:
         panel.override_by_query(queries[0].letter, _properties({"links": link.of_series}))
     return _named(panel, one)
 
@@ -123,7 +122,9 @@ def heatmap(one: Heatmap, asked: Asked) -> Any:
         .color(color)
         .cell_gap(1)
         .cell_values(heatmap_builder.CellValues().unit("short").decimals(0))
-        .y_axis(heatmap_builder.YAxisConfig().unit("bytes").axis_placement(options.AxisPlacement.LEFT))
+        .y_axis(
+            heatmap_builder.YAxisConfig().unit("bytes").axis_placement(options.AxisPlacement.LEFT)
+        )
         .rows_frame(heatmap_builder.RowsHeatmapOptions().layout(options.HeatmapCellLayout.LE))
         .filter_values(heatmap_builder.FilterValueRange().le(1e-9))
         .exemplars_color("rgba(31, 96, 196, 0.9)")
@@ -136,43 +137,48 @@ def heatmap(one: Heatmap, asked: Asked) -> Any:
     return _named(panel, one)
 
 
-def _table(self, one: Table) -> Any:
+def table(one: Table, asked: Sequence[Asked], label: str, link: Link | None) -> Any:
+    """Return rows by a label, with a column for each query and one link for each row."""
     by_letter = dict(zip(ascii_uppercase, one.columns, strict=False))
-    asked = self._queries([Query(column.expr) for column in one.columns])
-    if not asked:
-        return None
     shown = [by_letter[query.letter] for query in asked]
-    label, title = self._flavour.label(one.by[0]), one.by[1]
     # One query alone has its values in "Value", several in "Value #A" and so on.
     values = [f"Value #{query.letter}" if len(asked) > 1 else "Value" for query in asked]
-    names = {label: title, **dict(zip(values, (c.title for c in shown), strict=True))}
-    organize = {
-        "excludeByName": {"Time": True},
-        "indexByName": {name: index for index, name in enumerate(names)},
-        "renameByName": names,
+    names = {label: one.by[1], **dict(zip(values, (c.title for c in shown), strict=True))}
+    steps: dict[str, dict[str, object]] = {
+        "merge": {},
+        "organize": {
+            "excludeByName": {"Time": True},
+            "indexByName": {name: index for index, name in enumerate(names)},
+            "renameByName": names,
+        },
     }
+    columns = [*shown]
+    if one.ratio is not None:
+        title, left, right, thresholds = one.ratio
+        columns.append(Column(title, "", "percentunit", thresholds, decimals=0))
+        steps["calculateField"] = {
+            "mode": "binary",
+            "alias": title,
+            "binary": {"left": left, "operator": "/", "right": right, "reducer": "sum"},
+        }
     order: list[Builder[options.TableSortByFieldState]] = [
         common.TableSortByFieldState().display_name(name).desc(True)
         for name in one.sort
         if name in names.values()
     ]
     panel = (
-        table.Panel()
+        table_builder.Panel()
         .no_value(one.no_value)
         .transformations(
-            [
-                model.DataTransformerConfig("merge", options={}),
-                model.DataTransformerConfig("organize", options=organize),
-            ]
+            [model.DataTransformerConfig(name, options=how) for name, how in steps.items()]
         )
         .targets([query.target.instant().format(PromQueryFormat.TABLE) for query in asked])
         .sort_by(order[:1])
     )
-    for column in shown:
+    for column in columns:
         panel.override_by_name(column.title, _properties(_cell(column)))
-    if one.by[0] == "task_prefix_name" and self._what.slug != _DRILL:
-        link = self._drill(f'${{__data.fields["{title}"]}}')
-        panel.override_by_name(title, _properties({"links": link}))
+    if link is not None:
+        panel.override_by_name(one.by[1], _properties({"links": link.of_row}))
     return _named(panel, one)
 
 

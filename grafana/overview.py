@@ -7,6 +7,7 @@ from grafana.panels import (
     CHANGE,
     NONE_IS_GOOD,
     OF_LIMIT,
+    PREFIX,
     Column,
     Dashboard,
     Heatmap,
@@ -37,8 +38,6 @@ KNOWN = f"{_OWN} / ({TASKS} > 0)"
 _SECONDS = by_prefix("sum", in_range("<dask:scheduler_tasks_compute_seconds_total>"))
 #: Of bytes and seconds, in the unit of bills.
 _GIB_HOUR = 2**30 * 3600
-
-PREFIX = ("task_prefix_name", "Task prefix")
 
 
 def _change(histogram: str) -> str:

@@ -20,6 +20,9 @@ CHANGE: Thresholds = ((None, "green"), (0.1, "orange"), (0.3, "red"))
 BESIDE: Thresholds = ((None, "green"), (1.1, "orange"), (1.3, "red"))
 PLAIN: Thresholds = ((None, "text"),)
 
+#: What tables by prefix are by: the label, and its column's title.
+PREFIX = ("task_prefix_name", "Task prefix")
+
 #: Said by panels of worker series where workers are not scraped.
 NO_WORKERS = "no worker series"
 

@@ -6,7 +6,6 @@ from grafana import killed
 from grafana.overview import GROWTH, KNOWN, MAXIMUM, OF_THE_LIMIT, PEAK, TASKS
 from grafana.panels import (
     BESIDE,
-    Ratio,
     CHANGE,
     NO_WORKERS,
     NONE_IS_GOOD,
@@ -16,6 +15,7 @@ from grafana.panels import (
     Heatmap,
     Lines,
     Query,
+    Ratio,
     Row,
     Stat,
     Table,
