@@ -234,7 +234,8 @@ GREW = Row(
         Table(
             "Mean memory, in the time range and before it",
             """Exact means of the time range beside those of the tasks that ran before it, in
-            clusters seen in the time called Baseline. Red grew by 30 % or more: click it, and see
+            clusters seen in the time called Baseline. Red grew by as much as
+            makes an alert: click it, and see
             whether its inputs grew as well or the code did. No value before: a new prefix, or too
             short a baseline.""",
             PREFIX,

@@ -110,7 +110,7 @@ STATS = Row(
         Stat(
             "Mean growth changed",
             """Mean growth in the time range against that before it, in clusters seen in the time
-            called Baseline. Red: 30 % or more; see below whether inputs grew, too.""",
+            called Baseline. Red: as much as makes an alert; see below whether inputs grew, too.""",
             (Query(f"{mean(GROWTH)} / ({mean(GROWTH, 'before')}) - 1"),),
             "percentunit",
             CHANGE,
