@@ -55,7 +55,7 @@ class Factory:
             .description(" ".join(what.description.split()))
             .tags(["dask", "dask-memusage"])
             .time(what.since, "now")
-            .refresh("1m")
+            .refresh(what.refresh)
             .timezone(options.TimeZoneBrowser)
             .tooltip(model.DashboardCursorSync.CROSSHAIR)
             .editable()

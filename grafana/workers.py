@@ -175,4 +175,6 @@ DASHBOARD = Dashboard(
     """Which workers died and what was executing on them, how near their limit workers are, and what
     else they keep.""",
     (STATS, DEATHS, CLUSTER, PROCESSES),
+    since="now-6h",
+    refresh="1m",
 )
