@@ -46,7 +46,7 @@ STATS = Row(
             no_value="none was killed",
         ),
         Stat(
-            "Largest peak of the limit",
+            "Peak of limit",
             """How near the limit the largest peak came. Dask pauses a worker at 80 % and kills it
             at 95 %.""",
             (Query(f"max({OF_THE_LIMIT})"),),
