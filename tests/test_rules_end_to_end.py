@@ -155,5 +155,11 @@ def test_a_regression_and_a_kill_reach_the_webhook(
         assert killed["labels"]["task_prefix_name"] == "waiter"
         assert killed["labels"]["cause"] == "signal"
         assert alert("DaskTaskKilledForMemory", "firing") is None
+        # Nothing else fires; and Dask's own series are there, with the labels that ours have.
+        others = '{alertstate="firing",alertname!~"DaskTaskMemoryRegression|DaskTaskKilled"}'
+        assert prometheus.query(f"ALERTS{others}") == []
+        schedulers = "sum without (state) (dask_scheduler_workers)"
+        info = "sum without (exporter_version, source) (dask_scheduler_task_memory_exporter_info)"
+        assert prometheus.query(f"count({schedulers} and {info})") == [1]
         future.cancel()
         wait_until(lambda: alert("DaskTaskMemoryRegression", "resolved"), what="it resolves")

@@ -76,9 +76,9 @@ def test_the_first_kill_fires(promtool: Callable[..., Promtool]) -> None:
         says(
             FOR_MEMORY, "12m",
             f"A worker was killed for memory while it ran {prefix}.",
-            f"a worker was killed for memory with a task {prefix} executing. The last peak of the "
-            "process that was seen before: 7.5GiB. Which task it was stands in the scheduler's log "
-            "and in its events.",
+            f"a worker was killed for memory with a task {prefix} executing. The last peak that "
+            "was seen of such a process before it died: 7.5GiB. Which task it was stands in the "
+            "scheduler's log and in its events.",
             "critical", task_prefix_name=prefix,
         )
         for prefix in ("once", "known")
@@ -110,8 +110,9 @@ def test_the_memory_alert_is_for_memory_alone(promtool: Callable[..., Promtool])
                 KILLED, "3h",
                 "A worker died while it ran both (cause: lost).",
                 "a worker died with a task both executing; nobody saw how, which in Kubernetes may "
-                "be memory too (OOMKilled). The last peak of the process that was seen before: "
-                "7.5GiB. Which task it was stands in the scheduler's log and in its events.",
+                "be memory too (OOMKilled). The last peak that was seen of such a process before "
+                "it died: 7.5GiB. Which task it was stands in the scheduler's log and in its "
+                "events.",
                 "warning", task_prefix_name="both", cause="lost",
             )
         ],
