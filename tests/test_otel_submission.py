@@ -17,11 +17,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dask_memusage_exporter import submission, traced
-from dask_memusage_exporter.instrumentor import DaskMemusageInstrumentor
+from dask_memusage_exporter.instrumentor import PRELOAD, DaskMemusageInstrumentor
 from tests import tasks
 from tests.conftest import Measured, wait_until
 from tests.receivers import Received, receiver, variables
 from tests.servers import Servers
+from tests.test_environments import ENVIRONMENTS
 from tests.test_otel_spans import one_span, spanned
 
 
@@ -77,9 +78,15 @@ def test_preloads_stay_as_they_are_configured(before: Any) -> None:
         instrumentor = DaskMemusageInstrumentor()
         instrumentor.instrument()
         others = ["other"] if before else []
-        assert dask.config.get(key) == [*others, "dask_memusage_exporter"]
+        configured = dask.config.get(key)
         instrumentor.uninstrument()
+        assert configured == [*others, PRELOAD]
         assert dask.config.get(key) == others
+    with dask.config.set({key: ["dask_memusage_exporter"]}):
+        instrumentor.instrument()
+        configured = dask.config.get(key)
+        instrumentor.uninstrument()
+        assert configured == ["dask_memusage_exporter"]
 
 
 @pytest.mark.ends
@@ -162,7 +169,31 @@ def test_links_where_a_trace_would_be_endless(
 
 def test_workers_of_an_instrumented_process_measure(instrumented: None) -> None:
     """The preload is configured beside those that are."""
-    assert "dask_memusage_exporter" in dask.config.get("distributed.worker.preload")
+    assert PRELOAD in dask.config.get("distributed.worker.preload")
+
+
+def test_a_host_without_the_package_joins(tmp_path: Path) -> None:
+    """The instrumented client's configuration travels to hosts; one has no such package there."""
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    (absent / "sitecustomize.py").write_text(ENVIRONMENTS["absent"][0])
+    # As an SSHCluster has it on its commands' lines.
+    travels = dask.config.serialize({"distributed": {"worker": {"preload": [PRELOAD]}}})
+    servers = Servers(tmp_path)
+    try:
+        servers.scheduler()
+        inherited = {"DASK_INTERNAL_INHERIT_CONFIG": travels}
+        bare = servers.worker("--no-nanny", env={**inherited, "PYTHONPATH": str(absent)})
+        with_nanny = servers.worker(env=inherited)
+        servers.client.wait_for_workers(2, timeout=30)
+        futures = servers.client.map(abs, range(10), pure=False)
+        assert len(servers.client.gather(futures)) == 10
+        (line,) = bare.lines("are not measured (ModuleNotFoundError")
+        assert "Mend: install dask-memusage-exporter" in line
+        assert "Traceback" not in bare.log
+        assert len(with_nanny.lines("dask-memusage 0")) == 1
+    finally:
+        servers.close()
 
 
 #: What a distribution of OpenTelemetry's has: it sets the SDK up by the variables.
