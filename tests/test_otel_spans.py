@@ -188,6 +188,48 @@ def test_a_span_is_current_in_its_task_and_nowhere_else(
     assert "Failed to detach context" not in said.out + said.err
 
 
+def test_a_coroutine_has_its_own_span(
+    sent: tuple[Measured, Received], go: Gate, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Several on the loop by turns, each in its own; what it starts inherits it, nobody else."""
+    cluster, received = sent
+    client = cluster.client
+    keys = [f"together-{i}" for i in range(20)]
+    futures = client.map(tasks.current_in_coroutine, [go.path] * 20, key=keys)
+    wait_until(lambda: all(client.run(two_run).values()))
+    go.open()
+    results = dict(zip(keys, client.gather(futures), strict=True))
+    one_span(received, "together", 20)
+    for one in received.spans("together"):
+        own = int.from_bytes(one.data.trace_id, "big"), int.from_bytes(one.data.span_id, "big")
+        assert results[one.attributes["dask.task.key"]] == (own, own)
+        assert not one.data.parent_span_id
+    client.submit(tasks.nothing, key="beside-1").result()
+    assert not one_span(received, "beside").data.parent_span_id
+    assert list(client.run(tasks.current_later).values()) == [(0, 0)]
+    assert list(client.run(executors_current).values()) == [{"default": (0, 0)}]
+    assert "Failed to detach" not in "".join(capfd.readouterr())
+
+
+def test_a_coroutine_that_never_ends_leaves_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its worker closes while it waits, and says nothing of contexts."""
+    with spanned() as (cluster, _):
+        future = cluster.client.submit(tasks.wait_for_ever, key="endless-1")
+        wait_until(lambda: all(cluster.client.run(one_runs).values()))
+        cluster.client.run(close_soon)
+        wait_until(lambda: not cluster.cluster.scheduler.workers)
+        del future
+    assert "detach" not in "".join(capfd.readouterr())
+
+
+def one_runs(dask_worker: Any) -> bool:
+    return len(dask_worker.active_keys) == 1
+
+
+def two_run(dask_worker: Any) -> bool:
+    return len(dask_worker.active_keys) == 2
+
+
 def executors_current(dask_worker: Any) -> dict[str, tuple[int, int]]:
     return {
         "default": dask_worker.executors["default"].submit(tasks.current_span).result(),
@@ -273,6 +315,10 @@ def test_instrumented_libraries_nest_under_the_task(received: Received) -> None:
         (address,) = cluster.cluster.scheduler.workers
         assert parent.attributes["dask.worker.address"] == address
         assert parent.attributes["dask.worker.name"] == "0"
+        # In a coroutine, too.
+        client.submit(tasks.starts_child_on_loop, "request", key="awaiting-1").result()
+        awaiting = one_span(received, "awaiting")
+        assert one_span(received, "request").data.parent_span_id == awaiting.data.span_id
         # An exception is a log record where the application takes those.
         assert client.submit(tasks.fail, 1, key="logs-1").exception() is not None
         failed = one_span(received, "logs")
@@ -348,6 +394,62 @@ def test_a_filter_keeps_what_stands_out(received: Received) -> None:
         wait_until(lambda: cluster_total(
             cluster.cluster, "dask_worker_task_memory_tasks_total", task_prefix_name="first"
         ) == 4)  # fmt: skip
+
+
+def test_an_applications_processors_hear_the_end_of_spans_that_are_left_out(
+    received: Received,
+) -> None:
+    """As of spans that are not sampled, with what was measured; no exporter takes them."""
+    with guest(received, {"memusage.spans.keep.peak": "1TiB"}) as cluster:
+        client = cluster.client
+        client.run(tasks.hear)
+        keys = [f"small-{i}" for i in range(10)]
+        client.gather(client.map(tasks.nothing, range(10), key=keys))
+        client.submit(tasks.fail, 1, key="failing-1").exception()
+
+        def heard() -> Any:
+            ((still_open, ended),) = client.run(tasks.heard).values()
+            return not still_open and len(ended) == 11 and ended
+
+        ended = wait_until(heard)
+        small = [one for one in ended if one[0] == "small"]
+        assert len(small) == 10
+        assert all(not sampled and peak > 2**20 for _, sampled, peak in small)
+        assert [sampled for name, sampled, _ in ended if name == "failing"] == [True]
+        one_span(received, "failing")
+        assert not received.spans("small")
+
+
+@pytest.mark.parametrize("keep", [{}, {"memusage.spans.keep.peak": "1TiB"}])
+def test_a_provider_of_another_kind_than_the_sdks(keep: dict[str, Any]) -> None:
+    """It has what the API asks for and nothing more; tasks run, and it gets its spans."""
+    with local_cluster() as cluster, Client(cluster) as client:
+        client.run(tasks.set_foreign_tracer)
+        with dask.config.set(keep):
+            install(cluster.scheduler)
+        client.submit(tasks.fail, 1, key="foreign-1").exception()
+        keys = [f"foreign-{i}" for i in range(2, 12)]
+        client.gather(client.map(tasks.nothing, range(10), key=keys))
+
+        def told() -> Any:
+            (spans,) = client.run(tasks.foreign).values()
+            ended = [one for one in spans if one.get("ended")]
+            return len(ended) == 11 and ended  # nobody tells which of them are parents
+
+        spans = wait_until(told)
+        assert {one["dask.task.key"] for one in spans} == {f"foreign-{i}" for i in range(1, 12)}
+        assert [one["error.type"] for one in spans if "event" in one] == ["ValueError"]
+        errors = "dask_worker_task_memory_errors_total"
+        assert cluster_total(cluster, errors) == 0
+
+
+def test_an_exception_that_no_log_takes_is_told_on_the_span(received: Received) -> None:
+    """A LoggerProvider with nothing behind it, as OTEL_LOGS_EXPORTER=none sets one."""
+    with guest(received) as cluster:
+        cluster.client.run(tasks.set_empty_logger)
+        cluster.client.submit(tasks.fail, 1, key="unlogged-1").exception()
+        (event,) = one_span(received, "unlogged").data.events
+        assert event.name == "exception"
 
 
 # -- variables, settings, failures -----------------------------------------------------------------
