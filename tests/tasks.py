@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distributed import Reschedule, get_client, rejoin, secede, worker_client
+from distributed import Reschedule, get_client, get_worker, rejoin, secede, worker_client
 
 MIB = 2**20
 
@@ -491,6 +491,12 @@ def starts_child(name: str) -> None:
 
     with trace.get_tracer("library").start_as_current_span(name):
         pass
+
+
+def annotations(*_: Any) -> dict[str, Any]:
+    """Return what the task that runs here is annotated with."""
+    worker = get_worker()
+    return dict(worker.state.tasks[worker.get_current_task()].annotations)
 
 
 async def starts_child_on_loop(name: str) -> None:
