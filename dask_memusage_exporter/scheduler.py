@@ -454,7 +454,9 @@ class SchedulerAgent:
 
     async def send_last(self) -> None:
         """Send by OpenTelemetry what is left."""
+        began = time.perf_counter()
         await self._telemetry.end(self._settings.shutdown_timeout)
+        logger.info("dask-memusage: closed in %.2f s", time.perf_counter() - began)
 
     def teardown(self) -> None:
         """Let everything go; ``Scheduler.close`` calls this on all extensions."""

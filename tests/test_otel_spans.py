@@ -16,12 +16,10 @@ from dask_memusage_exporter import install
 from tests import tasks
 from tests.conftest import (
     Measured,
-    Metrics,
     Records,
     cluster_total,
     local_cluster,
     measured,
-    scheduler_port,
     wait_until,
 )
 from tests.receivers import Received, Span, receiver, variables
@@ -474,30 +472,6 @@ def test_spans_can_be_switched_off() -> None:
     with spanned(config={"memusage.spans.enabled": False}) as (cluster, _):
         cluster.client.submit(tasks.nothing, key="off-1").result()
         assert list(cluster.client.run(tasks.opentelemetry_modules).values()) == [[]]
-
-
-def test_a_stuck_exporter_delays_nothing_and_its_losses_are_counted() -> None:
-    """Twice as many tasks as the queue takes, and a receiver that never answers; then the end."""
-    env = {"OTEL_EXPORTER_OTLP_TIMEOUT": "60", "OTEL_BSP_MAX_QUEUE_SIZE": "512"}
-    with spanned(env=env) as (cluster, received):
-        received.answers.clear()
-        client = cluster.client
-        client.submit(tasks.nothing, key="stuck-first").result()
-        wait_until(lambda: received.arrived)
-        keys = [f"stuck-{i}" for i in range(1000)]
-        client.gather(client.map(tasks.nothing, range(1000), key=keys))
-        assert received.arrived == 1  # all of it while the first waits for its answer
-        lost = {"reason": "span_export"}
-        worker = "dask_worker_task_memory_dropped_records_total"
-        wait_until(lambda: cluster_total(cluster.cluster, worker, **lost) == 1000 - 512)
-        wait_until(lambda: not cluster.cluster.scheduler.tasks, what="results to be let go")
-        began = time.monotonic()
-        client.run(close_soon)
-        wait_until(lambda: not cluster.cluster.scheduler.workers)
-        assert time.monotonic() - began < 4
-        port = scheduler_port(cluster.cluster)
-        scheduler = "dask_scheduler_task_memory_dropped_records_total"
-        wait_until(lambda: Metrics.read(port).get_value(scheduler, **lost) == 1001)
 
 
 def close_soon(dask_worker: Any) -> None:
