@@ -699,6 +699,10 @@ class Spanned:
     def raises(self) -> None:
         raise ValueError("on purpose")
 
+    def raises_after(self, seconds: float) -> None:
+        time.sleep(seconds)
+        raise ValueError("on purpose")
+
     def raises_in_a_row(self, text: str) -> None:
         raise ValueError(text)
 

@@ -219,6 +219,22 @@ def test_the_queues_size(text: str, size: int, monkeypatch: pytest.MonkeyPatch) 
     assert providers.queue_size() == size
 
 
+def test_an_idle_scheduler_follows_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That sets its provider while there are neither workers nor tasks."""
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    reader = InMemoryMetricReader()
+    own = MeterProvider([reader], shutdown_on_exit=False)
+    with measured(n_workers=0):
+        assert reader.get_metrics_data() is None
+        monkeypatch.setattr(
+            providers, "application", lambda signal: own if signal == "metrics" else None
+        )
+        wait_until(reader.get_metrics_data)
+    own.shutdown()
+
+
 def test_an_applications_instruments_outlive_us(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clusters come and go in one process: what has gone is observed no longer, and counts stay."""
     from opentelemetry.sdk.metrics import MeterProvider

@@ -12,7 +12,7 @@ import dask
 import pytest
 from distributed import Client, span
 
-from dask_memusage_exporter import install
+from dask_memusage_exporter import install, worker
 from tests import tasks
 from tests.conftest import (
     Measured,
@@ -266,6 +266,40 @@ def test_actors_calls_that_fail_one_after_the_other(sent: tuple[Measured, Receiv
     assert [one.data.status.message for one in failed] == [f"ValueError: {text}" for text in texts]
 
 
+def test_actors_failures_that_wait_to_be_told_are_bounded() -> None:
+    """Beyond a bound the oldest span is lost, and counted."""
+    with spanned() as (cluster, received):
+        client = cluster.client
+        client.run(bound_raised, 1)
+        actor = client.submit(tasks.Spanned, actor=True).result()
+        actor.on_thread("first").result()
+        calls = [actor.raises_after(0.2) for _ in range(5)]
+        wait_until(lambda: list(client.run(waiting_calls).values()) == [4], what="calls to queue")
+        client.run(time.sleep, 2)  # on the event loop, which tells of what they raise
+        for call in calls:
+            with pytest.raises(ValueError, match="on purpose"):
+                call.result()
+        lost, reason = "dask_worker_task_memory_dropped_records_total", {"reason": "span_export"}
+        wait_until(
+            lambda: (
+                (
+                    len(received.spans("Spanned.raises_after"))
+                    + cluster_total(cluster.cluster, lost, **reason)
+                )
+                == 5
+            )
+        )
+        assert cluster_total(cluster.cluster, lost, **reason) >= 1
+
+
+def bound_raised(most: int) -> None:
+    worker._MOST_RAISED = most
+
+
+def waiting_calls(dask_worker: Any) -> int:
+    return dask_worker.executors["actor"]._work_queue.qsize()
+
+
 def test_nothing_is_left_on_a_thread_when_measuring_ends() -> None:
     """Not even by an actor's method that has raised, of whose end nobody tells."""
     with spanned() as (cluster, _):
@@ -465,6 +499,14 @@ def test_over_grpc_with_a_sampler() -> None:
         assert not received.spans("unsampled")
         lost = "dask_worker_task_memory_dropped_records_total"
         assert cluster_total(cluster.cluster, lost) == 0
+
+
+def test_a_provider_with_nothing_behind_it_is_none() -> None:
+    """One that a variable alone has set sends to nobody: then ours does, as variables say."""
+    env = {"OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider"}
+    with spanned(env=env) as (cluster, received):
+        cluster.client.submit(tasks.nothing, key="behind-1").result()
+        assert one_span(received, "behind").resource["service.name"] == "dask-worker"
 
 
 def test_spans_can_be_switched_off() -> None:

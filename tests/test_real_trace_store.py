@@ -151,19 +151,28 @@ def test_a_thousand_spans_are_in_the_store(
             what=f"{TASKS} spans and their parent",
         )
     (parent,) = [span for span in spans if span["name"] == "nightly"]
-    print(parent, spans[0], spans[1])
-    assert not parent.get("parent_span_id")
-    stored = {}
+    assert not parent["parent_span_id"]
+    spans.remove(parent)
+    assert {attributes(span)["dask.task.key"] for span in spans} == set(KEYS)
     for span in spans:
-        if span is not parent:
-            assert (span["trace_id"], span["parent_span_id"]) == (
-                parent["trace_id"],
-                parent["span_id"],
-            )
-            stored[attributes(span)["dask.task.key"]] = span
-    assert stored.keys() == set(KEYS)
+        assert span["name"] == "stored"
+        assert span["trace_id"] == parent["trace_id"]
+        assert span["parent_span_id"] == parent["span_id"]
+        about = attributes(span)
+        row = of_task[about["dask.task.key"]]
+        assert int(about["dask.task.memory.peak"]) == int(row["peak_bytes"])
+        assert int(about["dask.task.memory.start"]) == int(row["start_bytes"])
+        assert str(about.get("dask.task.memory.growth", "")) == row["growth_bytes"]
+        assert about["dask.task.memory.scope"] == row["scope"]
+        assert int(about["dask.task.output.size"]) == int(row["output_bytes"])
+        # The store has microseconds.
+        assert abs(int(span["end_time_unix_nano"]) / 1e9 - float(row["stop"])) < 1e-4
+        assert int(span["start_time_unix_nano"]) / 1e9 < float(row["start"]) + 1e-4
 
 
 def attributes(span: dict[str, Any]) -> dict[str, Any]:
     """Return a span's attributes as plain values."""
-    return {one["key"]: next(iter(one["value"].values())) for one in span["attributes"]}
+    return {
+        one["key"]: next(value for value in one["value"].values() if value is not None)
+        for one in span["attributes"]
+    }
