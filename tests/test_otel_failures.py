@@ -202,6 +202,20 @@ def test_every_way_to_end_is_in_time(servers: Servers) -> None:
             assert not tracebacks(server)
 
 
+def test_an_idle_scheduler_ends_in_time(servers: Servers) -> None:
+    """Its timeout works, though its last figures are for a receiver that never answers."""
+    with receiver() as silent:
+        silent.answers.clear()
+        scheduler = servers.scheduler(
+            *("--preload", "dask_memusage_exporter", "--idle-timeout", "2s"),
+            env=variables(silent.endpoint),
+        )
+        wait_until(lambda: silent.arrived)
+        assert scheduler.process.wait(60) == 0
+        (took,) = closed_in(scheduler.log)
+        assert 1 < took < PROMISED
+
+
 def test_a_cluster_that_closes_is_in_time(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],

@@ -15,7 +15,14 @@ from dask_memusage_exporter import MemusageWorkerPlugin, catalog, install
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
 from dask_memusage_exporter.health import DROP_REASONS, STAGES, Health
 from tests import tasks
-from tests.conftest import Measured, local_cluster, measured, wait_until
+from tests.conftest import (
+    Measured,
+    Metrics,
+    local_cluster,
+    measured,
+    scheduler_port,
+    wait_until,
+)
 from tests.receivers import Received, receiver, variables
 
 NAMES = {spec.otel.name: spec for spec in catalog.METRICS if spec.otel is not None}
@@ -128,6 +135,28 @@ def test_each_process_is_an_instance_of_its_own(sent: tuple[Measured, Received])
         assert one["service.instance.id"].startswith("mine-")
     instances = {one["service.instance.id"] for one in resources()}
     assert len(instances) == len(workers) + 1  # and the scheduler
+
+
+def test_sums_over_instances_are_the_clusters(sent: tuple[Measured, Received]) -> None:
+    """Before and after workers are restarted: what they have told stays, and nothing falls."""
+    cluster, received = sent
+    port = scheduler_port(cluster.cluster)
+    for runs in (1, 2):
+        keys = [f"summed-{runs}-{i}" for i in range(20)]
+        cluster.client.gather(cluster.client.map(tasks.array, [1] * 20, key=keys))
+        for name in (PEAK, TASKS):
+            wait_until(lambda m=name, n=runs: received.total(m, "summed") == 20 * n)
+        of_cluster = Metrics.read(port).total(
+            "dask_scheduler_task_memory_tasks_total", task_prefix_name="summed"
+        )
+        assert of_cluster == 20 * runs
+        if runs == 1:
+            cluster.client.restart(timeout=100)
+    series: dict[Any, float] = {}
+    for point in received.points(TASKS, **{"dask.task.prefix.name": "summed"}):
+        assert point.value >= series.get(point.series, 0)
+        series[point.series] = point.value
+    assert len({point.resource["service.instance.id"] for point in received.latest(TASKS)}) > 2
 
 
 def test_a_worker_sends_its_last_figures() -> None:

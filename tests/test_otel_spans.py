@@ -167,6 +167,10 @@ def test_a_span_is_current_in_its_task_and_nowhere_else(
     client.submit(tasks.secede_and_rejoin, 1, 1, key="secedes-1").result()
     client.submit(tasks.with_worker_client, 2, 1, key="outer-1").result()
     client.submit(tasks.coroutine, 1, key="coroutine-1").result()
+    blocks = client.submit(tasks.lazily, 2, 1, key="generator-1")
+    client.submit(tasks.taken, blocks, key="taken-1").result()
+    client.submit(tasks.leaves_context, key="leaves-1").result()
+    client.submit(tasks.nothing, key="then-1").result()
     actor = client.submit(tasks.Actor, actor=True).result()
     with pytest.raises(ValueError, match="on purpose"):
         actor.fail(1).result()
@@ -174,7 +178,8 @@ def test_a_span_is_current_in_its_task_and_nowhere_else(
     # The client's own thread has nothing to do with it; executors' threads and the loop are clean.
     assert list(client.run(tasks.current_span).values()) == [(0, 0)]
     assert list(client.run(executors_current).values()) == [{"default": (0, 0)}]
-    for name in ("raises", "secedes", "outer", "coroutine"):
+    names = ("raises", "secedes", "outer", "coroutine", "generator", "taken", "leaves", "then")
+    for name in names:
         one_span(received, name)
     one_span(received, "inner", 2)
     for one in received.spans():

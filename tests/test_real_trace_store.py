@@ -66,7 +66,7 @@ class Phoenix:
                     "PHOENIX_ALLOW_EXTERNAL_RESOURCES": "false",
                 },
             )
-        wait_until(self._is_up, timeout=150, what="the store to start")
+        wait_until(self._is_up, timeout=300, what="the store to start")
 
     def _is_up(self) -> bool:
         assert self._process.poll() is None, self._log.read_text()
@@ -125,7 +125,7 @@ def nightly(provider: TracerProvider) -> Iterator[None]:
         yield
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 def test_a_thousand_spans_are_in_the_store(
     protocol: str, store: Phoenix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
