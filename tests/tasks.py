@@ -644,10 +644,9 @@ def set_empty_logger() -> None:
 def set_own_tracer(endpoint: str, delay: float = 0.0, log: bool = False) -> None:
     """Set a TracerProvider as an application does; its processor may hold up who ends a span."""
     from opentelemetry import trace
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 
     class Slow(SpanExporter):
         def export(self, spans: Any) -> Any:
@@ -659,11 +658,21 @@ def set_own_tracer(endpoint: str, delay: float = 0.0, log: bool = False) -> None
     provider = TracerProvider(resource=Resource.create({"service.name": "application"}))
     if delay:
         provider.add_span_processor(SimpleSpanProcessor(Slow()))
-    exporter = OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")
-    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=100))
     trace.set_tracer_provider(provider)
+    add_processor(endpoint)
     if log:
         set_own_logger()
+
+
+def add_processor(endpoint: str) -> None:
+    """Have the provider that is set send its spans."""
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    exporter = OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")
+    processor = BatchSpanProcessor(exporter, schedule_delay_millis=100)
+    trace.get_tracer_provider().add_span_processor(processor)
 
 
 #: Log records that an application's own LoggerProvider has been given: name and attributes.

@@ -137,21 +137,19 @@ def test_each_process_is_an_instance_of_its_own(sent: tuple[Measured, Received])
     assert len(instances) == len(workers) + 1  # and the scheduler
 
 
-def test_sums_over_instances_are_the_clusters(sent: tuple[Measured, Received]) -> None:
+def test_sums_over_instances_are_the_clusters() -> None:
     """Before and after workers are restarted: what they have told stays, and nothing falls."""
-    cluster, received = sent
-    port = scheduler_port(cluster.cluster)
-    for runs in (1, 2):
-        keys = [f"summed-{runs}-{i}" for i in range(20)]
-        cluster.client.gather(cluster.client.map(tasks.array, [1] * 20, key=keys))
-        for name in (PEAK, TASKS):
-            wait_until(lambda m=name, n=runs: received.total(m, "summed") == 20 * n)
-        of_cluster = Metrics.read(port).total(
-            "dask_scheduler_task_memory_tasks_total", task_prefix_name="summed"
-        )
-        assert of_cluster == 20 * runs
-        if runs == 1:
-            cluster.client.restart(timeout=100)
+    name = "dask_scheduler_task_memory_tasks_total"
+    with sending(n_workers=2) as (cluster, received):
+        port = scheduler_port(cluster.cluster)
+        for runs in (1, 2):
+            keys = [f"summed-{runs}-{i}" for i in range(20)]
+            cluster.client.gather(cluster.client.map(tasks.array, [1] * 20, key=keys))
+            wait_until(lambda n=runs: received.total(PEAK, "summed") == 20 * n)
+            wait_until(lambda n=runs: received.total(TASKS, "summed") == 20 * n)
+            assert Metrics.read(port).total(name, task_prefix_name="summed") == 20 * runs
+            if runs == 1:
+                cluster.client.restart(timeout=100)
     series: dict[Any, float] = {}
     for point in received.points(TASKS, **{"dask.task.prefix.name": "summed"}):
         assert point.value >= series.get(point.series, 0)

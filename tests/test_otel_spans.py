@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import dask
 import pytest
@@ -506,12 +507,21 @@ def test_over_grpc_with_a_sampler() -> None:
         assert cluster_total(cluster.cluster, lost) == 0
 
 
-def test_a_provider_with_nothing_behind_it_is_none() -> None:
-    """One that a variable alone has set sends to nobody: then ours does, as variables say."""
+def test_a_provider_with_nothing_behind_it_is_none(received: Received) -> None:
+    """One that a variable alone has set sends to nobody: ours does, until somebody adds to it."""
     env = {"OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider"}
-    with spanned(env=env) as (cluster, received):
-        cluster.client.submit(tasks.nothing, key="behind-1").result()
-        assert one_span(received, "behind").resource["service.name"] == "dask-worker"
+    with spanned(env=env) as (cluster, ours):
+        client = cluster.client
+        client.submit(tasks.nothing, key="behind-1").result()
+        assert one_span(ours, "behind").resource["service.name"] == "dask-worker"
+        client.run(tasks.add_processor, received.endpoint)
+
+        def followed() -> bool:
+            client.submit(tasks.nothing, pure=False, key=f"added-{uuid4()}").result()
+            return bool(received.spans("added"))
+
+        wait_until(followed)
+        assert not received.spans("behind")
 
 
 def test_spans_can_be_switched_off() -> None:
