@@ -721,7 +721,12 @@ class Spanned:
         raise ValueError("on purpose")
 
     def raises_in_a_row(self, text: str) -> None:
+        self.row = [*getattr(self, "row", []), text]
         raise ValueError(text)
+
+    def in_a_row(self) -> list[str]:
+        """Return in what order that was called: not always as a client calls."""
+        return self.row
 
     def current(self) -> tuple[int, int]:
         return current_span()

@@ -269,7 +269,9 @@ def test_actors_calls_that_fail_one_after_the_other(sent: tuple[Measured, Receiv
     failed = received.spans("Spanned.raises_in_a_row")
     assert {one.data.status.code for one in failed} == {ERROR}
     failed.sort(key=lambda one: one.data.start_time_unix_nano)
-    assert [one.data.status.message for one in failed] == [f"ValueError: {text}" for text in texts]
+    order = actor.in_a_row().result()
+    assert sorted(order) == texts
+    assert [one.data.status.message for one in failed] == [f"ValueError: {text}" for text in order]
 
 
 def test_actors_failures_that_wait_to_be_told_are_bounded() -> None:
