@@ -8,7 +8,7 @@ TEST_ARGS ?=
 TEST_WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-floor lint bench docs dashboards clean
+.PHONY: demo test test-floor test-store lint bench docs dashboards clean
 
 demo: $(VENV)/installed
 	$(BIN)/dask memusage demo $(DEMO_ARGS)
@@ -20,6 +20,12 @@ test: $(VENV)/installed-test
 # The oldest releases that pyproject.toml declares, in an environment of their own.
 test-floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINT=tests/floor.txt TEST_ARGS="$(TEST_ARGS)"
+
+# Spans against a real store of traces. That takes minutes to install (850 MB), in an environment of
+# its own, so it is no part of `make test`, which runs it where it is installed already.
+STORE = .venv-store
+test-store: $(VENV)/installed-test $(STORE)/installed
+	$(BIN)/python -m pytest tests/test_real_trace_store.py $(TEST_ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -40,6 +46,11 @@ clean:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(STORE)/installed: tests/store.txt
+	$(PYTHON) -m venv $(STORE)
+	$(STORE)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . $(if $(CONSTRAINT),-c $(CONSTRAINT))

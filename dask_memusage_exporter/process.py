@@ -16,7 +16,7 @@ from typing import Protocol
 
 from prometheus_client import Metric
 
-from dask_memusage_exporter import __version__
+from dask_memusage_exporter import __version__, providers
 from dask_memusage_exporter.aggregate import Aggregate
 from dask_memusage_exporter.config import Settings, prometheus_namespace
 from dask_memusage_exporter.exemplars import Exemplars
@@ -228,6 +228,7 @@ def join(member: Member, settings: Settings) -> None:
         # A forked child inherits its parent's, which measures nothing there.
         here = _process if _process is not None and _process.pid == os.getpid() else None
         members = [] if here is None else here.members
+        instance = {}
         if here is not None and here.settings != settings:
             if here.used:
                 logger.warning(
@@ -237,12 +238,14 @@ def join(member: Member, settings: Settings) -> None:
                 )
             else:
                 here.close()
+                # The process is the same one, for whoever has heard of it already.
+                instance = {providers.INSTANCE: here.telemetry.instance}
                 here = None
         if member not in members:
             members = [*members, member]
         told = [member]
         if here is None:
-            here = _process = Process(settings, member.identity())
+            here = _process = Process(settings, {**member.identity(), **instance})
             told = members
         here.members = members
         for one in told:

@@ -39,6 +39,16 @@ _DEFAULT_PROTOCOL = "http/protobuf"
 #: The specification's ``OTEL_BSP_MAX_QUEUE_SIZE``.
 _QUEUE_SIZE = 2048
 
+#: What is behind a provider of the SDK's, of spans, of metrics and of logs; none is public.
+_BEHIND = (
+    ("_active_span_processor", "_span_processors"),
+    ("_measurement_consumer", "_reader_storages"),
+    ("_multi_log_record_processor", "_log_record_processors"),
+)
+
+#: Tells a process from all others.
+INSTANCE = "service.instance.id"
+
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -59,8 +69,25 @@ def application(signal: str) -> Any | None:
         from opentelemetry.metrics import get_meter_provider
 
         provider = get_meter_provider()
-    # The API's stand-in until somebody sets one; that of metrics has no public name.
-    return None if "Proxy" in type(provider).__name__ else provider
+    return provider if reaches(provider) else None
+
+
+def reaches(provider: Any) -> bool:
+    """Return whether what a global provider is given can reach anybody.
+
+    Not the API's stand-in until somebody sets one, and not one of the SDK's that has neither
+    processor nor reader, as ``OTEL_PYTHON_TRACER_PROVIDER`` alone sets it: who wants to send adds
+    some, and may do so later. Others than the SDK's cannot be asked.
+    """
+    if "Proxy" in type(provider).__name__:  # that of metrics has no public name
+        return False
+    for path in _BEHIND:
+        behind = provider
+        for name in path:
+            behind = getattr(behind, name, None)
+        if behind is not None:
+            return bool(behind)
+    return True
 
 
 def wanted(signal: str) -> list[str]:
@@ -308,15 +335,14 @@ def resource(identity: Mapping[str, str]) -> Resource:
 
     But for ``service.instance.id``: where it is set for all workers alike, they would write over
     each other's series, and a worker that starts anew over those of the one before. So it is only
-    the beginning of ours.
+    the beginning of the one that stands in ``identity``.
     """
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
     given = OTELResourceDetector().detect().attributes
     ours = {name: value for name, value in identity.items() if name not in given}
-    instance = given.get("service.instance.id")
-    unique = uuid.uuid4()
-    ours["service.instance.id"] = f"{instance}-{unique.hex[:12]}" if instance else str(unique)
+    instance, unique = given.get(INSTANCE), identity.get(INSTANCE) or str(uuid.uuid4())
+    ours[INSTANCE] = f"{instance}-{unique.replace('-', '')[:12]}" if instance else unique
     return Resource.create(ours)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 from prometheus_client import Metric
+from tornado.ioloop import PeriodicCallback
 
 from dask_memusage_exporter import __version__, catalog, http, providers
 from dask_memusage_exporter.aggregate import Aggregate, checked, is_count
@@ -48,6 +49,8 @@ _LATE = 3600
 _PATIENCE = 5.0
 #: Seconds in which workers that join are told of together, and how many by name.
 _MOMENT, _NAMED = 1.0, 10
+#: Seconds between looks whose OpenTelemetry providers there are.
+_FOLLOW = 1.0
 
 
 class SchedulerAgent:
@@ -103,7 +106,17 @@ class SchedulerAgent:
         prometheus.add(self)
         identity = providers.identity("scheduler", id=self.scheduler.id)
         self._telemetry = Telemetry(self, identity, self._settings)
+        # An application may set its providers while the cluster is idle. A scheduler that starts
+        # starts this too, and one that ends stops it.
+        follow = PeriodicCallback(self._telemetry.refresh, _FOLLOW * 1000)
+        self.scheduler.periodic_callbacks[EXTENSION] = follow
+        self.scheduler.loop.add_callback(self._start_following)
         logger.info("dask-memusage %s: measuring this scheduler's cluster", __version__)
+
+    def _start_following(self) -> None:
+        follow = self.scheduler.periodic_callbacks.get(EXTENSION)
+        if follow is not None and not follow.is_running():
+            follow.start()
 
     def add_csv(self, path: str | os.PathLike[str], columns: str) -> None:
         """Write a CSV from now on; a file that is being written already is left alone.
@@ -442,7 +455,9 @@ class SchedulerAgent:
 
     async def send_last(self) -> None:
         """Send by OpenTelemetry what is left."""
+        began = time.perf_counter()
         await self._telemetry.end(self._settings.shutdown_timeout)
+        logger.info("dask-memusage: closed in %.2f s", time.perf_counter() - began)
 
     def teardown(self) -> None:
         """Let everything go; ``Scheduler.close`` calls this on all extensions."""

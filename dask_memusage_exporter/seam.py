@@ -4,6 +4,8 @@
 deleted by distributed on the task's thread, right around the user's function. A dict of our own in
 its place tells both moments, with key and thread, and no function of distributed is patched.
 
+Tasks that are coroutines are told of by ``Worker.active_keys``, a set of the same kind.
+
 Actors' methods that are coroutines, and what ``Client.run`` sends, run on the event loop and are
 not in that dict. They come by handlers of the worker (``Server.handlers``), and are told of there.
 
@@ -68,6 +70,30 @@ class ActiveThreads(dict[int, Key]):
         return self._before[thread]
 
 
+class ActiveKeys(set[Key]):
+    """``Worker.active_keys``, as distributed keeps it, that tells a coroutine of its own.
+
+    It changes right around a task, in the asyncio task that awaits it: what is made current there
+    is current in that coroutine, and nowhere else on the event loop.
+    """
+
+    def __init__(
+        self, before: set[Key], enter: Callable[[Key], None], leave: Callable[[Key], None]
+    ) -> None:
+        super().__init__(before)
+        self._enter, self._leave = enter, leave
+
+    def add(self, key: Key) -> None:
+        """Add a task that starts."""
+        set.add(self, key)
+        self._enter(key)
+
+    def discard(self, key: Any) -> None:
+        """Take a task off that has ended."""
+        set.discard(self, key)
+        self._leave(key)
+
+
 class ReleasingLock:
     """A lock that does its holder's work right after it is released, on the same thread."""
 
@@ -119,6 +145,14 @@ def install(worker: Any, listener: Listener) -> str | None:
         worker.active_threads = ActiveThreads(before, releasing, listener)
         worker.active_threads_lock = releasing
     return None
+
+
+def listen_in_coroutines(
+    worker: Any, enter: Callable[[Key], None], leave: Callable[[Key], None]
+) -> None:
+    """Tell of tasks in the context of their coroutine, which neither may raise in; once."""
+    if type(worker.active_keys) is set:
+        worker.active_keys = ActiveKeys(worker.active_keys, enter, leave)
 
 
 def listen_on_loop(

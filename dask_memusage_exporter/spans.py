@@ -4,7 +4,7 @@ A span is started right before the task, so that what the task's own instrumenta
 child. All that comes after the task (attributes, the exception, the span's end, which a processor
 may hold up) is for a thread of ours: neither the task's thread nor the event loop waits for it.
 
-Covers: tasks on threads, coroutines and work in other processes (not active there), actors' calls.
+Covers: tasks on threads, coroutines, work in other processes (not active there), actors' calls.
 Does not cover: whose provider it is (``providers``), tasks that still run when a worker closes.
 """
 
@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import Token
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from dask.typing import Key
-from distributed.protocol import pickle
 from distributed.utils import key_split_group
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 from opentelemetry.trace import (
     Link,
+    SpanContext,
     SpanKind,
     StatusCode,
+    TraceFlags,
     Tracer,
     TracerProvider,
     get_current_span,
@@ -40,7 +39,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from dask_memusage_exporter import __version__
 from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate, to_label
 from dask_memusage_exporter.config import Settings
+from dask_memusage_exporter.failures import Failure, tell
 from dask_memusage_exporter.health import Health
+from dask_memusage_exporter.keep import Keep, children_of
 from dask_memusage_exporter.providers import queue_size
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.submission import LINK
@@ -71,37 +72,11 @@ _SAMPLERS = frozenset(
 #: Prefixes whose spans' names are remembered; a label that one has or has not stays so.
 _MOST_NAMES = 1_000
 
-#: Whether an exception is told by a span event beside the log record, as the semantic conventions
-#: name it; the log record alone is what they want.
-_OPT_IN = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
-
-
 #: What hears that the span of a record is kept: the record, its trace's id and its own.
 Kept = Callable[[TaskMemory, int, int], object]
 
-
-class Failure(NamedTuple):
-    """What a task raised, as it is at hand: to unpickle it may take time and run others' code."""
-
-    #: The exception, or its pickle.
-    error: Any
-    #: Its ``repr``, and its traceback; empty where they are not known.
-    text: str
-    traceback: str
-
-    def told(self) -> tuple[str, str]:
-        """Return the exception's type, as the semantic conventions name it, and its message."""
-        error = self.error
-        if isinstance(error, (bytes, bytearray, memoryview)):
-            try:
-                error = pickle.loads(error)
-            except BaseException:  # whatever a user's class does: this thread must live
-                error = None
-        if not isinstance(error, BaseException):
-            return self.text.partition("(")[0] or "_OTHER", self.text
-        kind = type(error)
-        name = kind.__qualname__
-        return name if kind.__module__ == "builtins" else f"{kind.__module__}.{name}", str(error)
+#: A span that is to end, its record if it has one, and who hears of it.
+_Waiting: TypeAlias = "tuple[TaskSpan, TaskMemory | None, Kept | None]"
 
 
 class TaskSpan:
@@ -131,6 +106,12 @@ class TaskSpan:
         if token is not None:
             otel_context.detach(token)
 
+    def leave_coroutine(self) -> None:
+        """Take it off a coroutine's own context, which ends with the coroutine in any case."""
+        # One that is never finished is closed by the garbage collector, wherever that runs.
+        if get_current_span() is self.span:
+            self.leave()
+
     def fail(self, error: Any, text: str = "", traceback: str = "") -> None:
         """Take what the task raised; see :class:`Failure`."""
         self.failure = Failure(error, text, traceback)
@@ -153,8 +134,8 @@ class TaskSpan:
         )  # fmt: skip
 
     def drop(self) -> None:
-        """Forget it: nothing was measured."""
-        self.owner.forget(self)
+        """Leave it out: nothing was measured."""
+        self.owner.drop(self)
 
 
 class Spans:
@@ -180,7 +161,7 @@ class Spans:
         self._guest, self.health, self._aggregate = guest, health, aggregate
         self._task_key = settings.spans_task_key
         self._keep = Keep(settings)
-        self._watch = _children_of(provider) if self._keep.some else None
+        self._watch = children_of(provider) if self._keep.some else None
         # Samplers and an application's processors may look at it; the standard samplers do not, and
         # attributes are a fifth of what it takes to start a span.
         self._early = guest or os.environ.get("OTEL_TRACES_SAMPLER", "") not in _SAMPLERS
@@ -188,9 +169,7 @@ class Spans:
         self._parents: OrderedDict[tuple[str, str], Context] = OrderedDict()
         # As many wait as the SDK lets wait, for a processor that holds them up.
         most = queue_size()
-        self._waiting: queue.Queue[tuple[TaskSpan, TaskMemory, Kept | None] | None] = queue.Queue(
-            most
-        )
+        self._waiting: queue.Queue[_Waiting | None] = queue.Queue(most)
         self._closed = False
         self._thread = threading.Thread(target=self._end_all, name="memusage-spans", daemon=True)
         self._thread.start()
@@ -270,7 +249,7 @@ class Spans:
         """
         if one.done:
             return
-        self.forget(one)
+        self._forget(one)
         if not one.span.is_recording():
             return  # not sampled
         try:
@@ -280,7 +259,16 @@ class Spans:
         except queue.Full:
             self.health.drop("span_export")
 
-    def forget(self, one: TaskSpan) -> None:
+    def drop(self, one: TaskSpan) -> None:
+        """Leave it out, later and elsewhere. Never raises, never waits."""
+        if one.done:
+            return
+        self._forget(one)
+        if self._guest and not self._closed:
+            with suppress(queue.Full):
+                self._waiting.put_nowait((one, None, None))
+
+    def _forget(self, one: TaskSpan) -> None:
         """Wait for it no longer."""
         one.done = True
         if self._watch is not None:
@@ -308,17 +296,41 @@ class Spans:
     def _end_all(self) -> None:
         while (waiting := self._waiting.get()) is not None:
             try:
-                self._end(*waiting)
+                one, record, kept = waiting
+                if record is not None and self._is_kept(one, record):
+                    self._end(one, record, kept)
+                else:
+                    self._leave_out(one, record)
             except Exception as error:
                 self.health.drop("span_export")
                 self.health.error("export", error)
-            del waiting  # it holds the task's exception
+            del waiting, one  # they hold the task's exception
 
-    def _end(self, one: TaskSpan, record: TaskMemory, kept: Kept | None) -> None:
+    def _is_kept(self, one: TaskSpan, record: TaskMemory) -> bool:
         # Without a look at every span that starts nobody knows which are parents: then all stay.
         unsure = self._keep.some and self._watch is None
-        if not (self._keep.wants(record, one.failure) or one.children or unsure):
+        return self._keep.wants(record, one.failure) or one.children or unsure
+
+    def _leave_out(self, one: TaskSpan, record: TaskMemory | None) -> None:
+        """End it for an application's own processors, which have heard of its start.
+
+        As one that is recorded and not sampled, of which the specification says that processors
+        receive it and exporters do not: https://opentelemetry.io/docs/specs/otel/trace/sdk/#sampling
+        """
+        context: SpanContext = one.span.get_span_context()
+        # A sampler says so at a span's start, and nothing public says it later; another SDK's span
+        # stays open.
+        if not self._guest or getattr(one.span, "_context", None) is not context:
             return
+        if record is not None:
+            one.span.set_attributes(self._attributes(one, record))
+        flags = TraceFlags(context.trace_flags & ~TraceFlags.SAMPLED)
+        one.span._context = SpanContext(
+            context.trace_id, context.span_id, context.is_remote, flags, context.trace_state
+        )
+        one.span.end(None if record is None else int(record.stop * 1e9))
+
+    def _end(self, one: TaskSpan, record: TaskMemory, kept: Kept | None) -> None:
         span = one.span
         span.set_attributes(self._attributes(one, record))
         stop = int(record.stop * 1e9)
@@ -326,7 +338,7 @@ class Spans:
             kind, message = one.failure.told()
             span.set_attribute("error.type", kind)
             span.set_status(StatusCode.ERROR, f"{kind}: {message}")
-            _tell(span, kind, message, one.failure.traceback, stop)
+            tell(span, kind, message, one.failure.traceback, stop)
         span.end(stop)
         context = span.get_span_context()
         if kept is not None and context.trace_flags.sampled:  # not only recorded
@@ -357,112 +369,3 @@ class Spans:
             attributes["dask.worker.address"] = record.worker
             attributes["dask.worker.name"] = str(one.worker)
         return {name: value for name, value in attributes.items() if value not in (None, "")}
-
-
-class Keep:
-    """Which spans are kept once it is known what was measured: all, or those that stand out."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._peak, self._growth = settings.spans_keep_peak, settings.spans_keep_growth
-        self._most, self._window = settings.spans_keep_largest, settings.maximum_window
-        #: Whether any are left out.
-        self.some = bool(self._peak or self._growth or self._most)
-        self._largest: dict[tuple[str, bool], list[tuple[int, float]]] = {}
-
-    def wants(self, record: TaskMemory, failure: Failure | None) -> bool:
-        """Return whether to keep the span of an execution that had no children."""
-        if not self.some or failure is not None or record.status == "erred":
-            return True
-        peak, growth = record.peak_bytes, record.growth_bytes
-        kept = bool(self._peak) and peak >= (self._peak or 0)
-        kept |= bool(self._growth) and growth is not None and growth >= (self._growth or 0)
-        if self._most:
-            kept |= self._among_largest((record.task_prefix, False), peak, record.stop)
-            if growth is not None:
-                kept |= self._among_largest((record.task_prefix, True), growth, record.stop)
-        return kept
-
-    def _among_largest(self, kind: tuple[str, bool], value: int, now: float) -> bool:
-        """Return whether a value is among the largest of its kind in ``maximum-window``."""
-        if kind not in self._largest and len(self._largest) >= 10_000:
-            self._largest.clear()
-        recent = [one for one in self._largest.get(kind, ()) if one[1] > now - self._window]
-        recent.append((value, now))
-        recent.sort(reverse=True)
-        self._largest[kind] = recent[: self._most]
-        return (value, now) in self._largest[kind]
-
-
-class _Children:
-    """A span processor that notes which task spans are parents."""
-
-    def __init__(self) -> None:
-        #: Task spans that have not ended, by span id.
-        self.open: dict[int, TaskSpan] = {}
-
-    def on_start(self, span: Any, parent_context: Any = None) -> None:  # noqa: ARG002  # the SDK's
-        parent = span.parent
-        one = None if parent is None else self.open.get(parent.span_id)
-        if one is not None:
-            one.children = True
-
-    def _on_ending(self, span: Any) -> None:
-        """Do nothing."""
-
-    def on_end(self, span: Any) -> None:
-        """Do nothing."""
-
-    def shutdown(self) -> None:
-        """Do nothing."""
-
-    def force_flush(self, timeout_millis: int = 30000) -> bool:  # noqa: ARG002  # the SDK's
-        """Do nothing."""
-        return True
-
-
-_watched: weakref.WeakKeyDictionary[TracerProvider, _Children] = weakref.WeakKeyDictionary()
-
-
-def _children_of(provider: Any) -> _Children | None:
-    """Return what watches a provider; None where it is not the SDK's, and cannot be watched."""
-    if provider not in _watched:
-        add = getattr(provider, "add_span_processor", None)
-        if add is None:
-            return None
-        _watched[provider] = _Children()
-        add(_watched[provider])
-    return _watched[provider]
-
-
-def _tell(span: Any, kind: str, message: str, traceback: str, when: int) -> None:
-    """Tell an exception: by a log record where there is somebody for it, else by a span event."""
-    about = {"exception.type": kind, "exception.message": message}
-    if traceback:
-        about["exception.stacktrace"] = traceback
-    logged = _log(span, about, when)
-    if not logged or "logs/dup" in os.environ.get(_OPT_IN, ""):
-        span.add_event("exception", about, when)
-
-
-def _log(span: Any, about: Mapping[str, str], when: int) -> bool:
-    """Tell an exception by a log record; return whether an application has set where to."""
-    if "opentelemetry._logs" not in sys.modules:  # whoever sets one has imported it
-        return False
-    from opentelemetry import _logs
-
-    provider = _logs.get_logger_provider()
-    if "Proxy" in type(provider).__name__ or "NoOp" in type(provider).__name__:
-        return False
-    try:
-        record: Any = _logs.LogRecord(
-            timestamp=when,
-            context=set_span_in_context(span, Context()),
-            severity_text="ERROR",
-            severity_number=_logs.SeverityNumber.ERROR,
-            attributes=about,
-            event_name="exception",
-        )
-    except TypeError:  # an SDK from before records had a context
-        return False
-    provider.get_logger(SCOPE_NAME, __version__).emit(record)
-    return True

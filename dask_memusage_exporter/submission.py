@@ -5,7 +5,7 @@ W3C ``traceparent`` among the annotations that distributed sends beside the grap
 optimization and no fusion loses them.
 
 Covers: everything that a client submits; Dask's own spans (``distributed.span``) as real ones.
-Does not cover: ``span`` where it was imported by name before (``from distributed import span``).
+Does not cover: what a task submits, but where the worker's process is instrumented itself.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import dask
-import distributed
 from distributed import Client, spans
 
 from dask_memusage_exporter import __version__
@@ -35,7 +35,9 @@ LINK = "memusage-link"
 _always = False
 _traced: ContextVar[str | None] = ContextVar("memusage-traced", default=None)
 
+#: What was there before it was wrapped.
 _originals: dict[str, Any] = {}
+_lock = threading.Lock()
 
 # Untyped, and a method of the class is replaced.
 _dask: Any = dask
@@ -46,7 +48,8 @@ _Client: Any = Client
 def traced(name: str | None = None, *, link: bool = False) -> Iterator[None]:
     """Make tasks that are submitted in this block children of the span that is current then.
 
-    For a client without an instrumentor (see :mod:`dask_memusage_exporter.instrumentor`).
+    For a client without an instrumentor (see :mod:`dask_memusage_exporter.instrumentor`). Dask's
+    own spans (``distributed.span``) in the block are real ones, and parents too.
 
     Parameters
     ----------
@@ -61,7 +64,7 @@ def traced(name: str | None = None, *, link: bool = False) -> Iterator[None]:
     >>> with tracer.start_as_current_span("nightly"), traced():  # doctest: +SKIP
     ...     ddf.compute()
     """
-    _wrap_submission()
+    _wrap()
     token = _traced.set(LINK if link else _PARENT)
     try:
         with ExitStack() as stack:
@@ -95,28 +98,49 @@ def wrap() -> None:
     """Do it for everything that this process submits from now on; harmless twice."""
     global _always
     _always = True
-    _wrap_submission()
-    if "span" not in _originals:
-        _originals["span"] = spans.span
-        # Both names: the module's own and the public one.
-        spans.span = distributed.span = _real_span(spans.span)
+    _wrap()
 
 
 def unwrap() -> None:
     """Leave distributed as it was."""
     global _always
     _always = False
-    if "span" in _originals:
-        spans.span = distributed.span = _originals.pop("span")
-    if "submit" in _originals:
-        _Client._graph_to_futures = _originals.pop("submit")
+    with _lock:
+        if "span" in _originals:
+            _behind_span().cell_contents = _originals.pop("span")
+        if "submit" in _originals:
+            _Client._graph_to_futures = _originals.pop("submit")
 
 
-def _wrap_submission() -> None:
+def _wrap() -> None:
+    with _lock:
+        if "submit" not in _originals:
+            _originals["submit"] = _Client._graph_to_futures
+            _Client._graph_to_futures = _with_parent(_originals["submit"])
+        if "span" not in _originals:
+            try:
+                behind = _behind_span()
+            except (AttributeError, ValueError):
+                logger.warning(
+                    "dask-memusage: Dask's own spans have no real ones in this version of "
+                    "distributed; tasks have their parents all the same"
+                )
+            else:
+                _originals["span"] = behind.cell_contents
+                behind.cell_contents = _with_real(behind.cell_contents)
+
+
+def _behind_span() -> Any:
+    """Return where ``distributed.span``, a context manager, has the generator that it runs.
+
+    There and not under its name: programs import it by name before anybody wraps it.
+    """
+    helper: Any = spans.span
+    return helper.__closure__[helper.__code__.co_freevars.index("func")]
+
+
+def _with_parent(submit: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the one method by which a client submits anything; there is no public place for it."""
-    if "submit" in _originals:
-        return
-    submit = _originals["submit"] = _Client._graph_to_futures
 
     @functools.wraps(submit)
     def with_parent(self: Client, *args: Any, **kwargs: Any) -> Any:
@@ -129,23 +153,23 @@ def _wrap_submission() -> None:
         with _dask.annotate(**annotations):
             return submit(self, *args, **kwargs)
 
-    _Client._graph_to_futures = with_parent
+    return with_parent
 
 
-def _real_span(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``distributed.span`` with a real span around it for each of its tags."""
+def _with_real(original: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
+    """Return the generator of ``distributed.span`` with a real span around it for each tag."""
 
     @functools.wraps(original)
-    @contextmanager
     def span(*tags: str) -> Iterator[str]:
         with ExitStack() as stack:
             # First: it has its own word for tags that are none.
-            span_id = stack.enter_context(original(*tags))
-            tracer, real = _tracer(), None
-            for tag in tags:
-                real = stack.enter_context(tracer.start_as_current_span(tag))
-            if real is not None:
-                real.set_attribute("dask.span.id", span_id)
+            span_id = stack.enter_context(contextmanager(original)(*tags))
+            if _always or _traced.get() is not None:
+                tracer, real = _tracer(), None
+                for tag in tags:
+                    real = stack.enter_context(tracer.start_as_current_span(tag))
+                if real is not None:
+                    real.set_attribute("dask.span.id", span_id)
             yield span_id
 
     return span

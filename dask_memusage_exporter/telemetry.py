@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,9 @@ class Telemetry:
 
     def __init__(self, source: Source, identity: Mapping[str, str], settings: Settings) -> None:
         self._source, self._settings = source, settings
+        #: The same for all signals.
+        self.instance = identity.get(providers.INSTANCE) or str(uuid.uuid4())
+        identity = {**identity, providers.INSTANCE: self.instance}
         self._metrics = Signal("metrics", source, identity)
         self._traces: Signal | None = None
         if source.server == "worker" and settings.spans_enabled is not False:

@@ -52,8 +52,8 @@ _ENDS = {"memory": "finished", "error": "erred", "rescheduled": "rescheduled"}
 #: So many prefixes are remembered to have short tasks.
 _MOST_SHORT = 1_000
 
-#: Seconds for all that we do when a worker closes.
-_CLOSING = 1.9
+#: Seconds for all that we do when a worker closes; 2 are promised, and a busy machine needs some.
+_CLOSING = 1.8
 #: Actors' calls that have raised and of which nobody has told yet.
 _MOST_RAISED = 1_000
 
@@ -82,7 +82,7 @@ class WorkerAgent:
         self._closed: dict[Key, Bracket] = {}
         self._without_thread: dict[Key, Bracket | None] = {}
         #: Of actors' calls with a span that have raised, and whose error is on its way.
-        self._raised: deque[Bracket] = deque(maxlen=_MOST_RAISED)
+        self._raised: deque[Bracket] = deque()
         #: What surrounded each task before it started, and what had come from the scheduler.
         self._before: dict[Key, tuple[Look, int]] = {}
         #: Prefixes whose last task was short and took little.
@@ -151,13 +151,14 @@ class WorkerAgent:
 
     async def close(self) -> None:
         """Let everything go; ``Worker.close`` calls this on all extensions."""
+        began = perf_counter()
         self.deactivate()
         self.reporter.flush()
-        began = perf_counter()
         # Before the goodbye, which tells the scheduler what was lost in it.
         await process.send_last(self)
         await self.reporter.goodbye(began + _CLOSING - perf_counter())
         process.leave(self)
+        logger.info("dask-memusage: closed in %.2f s", perf_counter() - began)
 
     def _heartbeat(self, _: Worker) -> dict[str, Any]:
         from dask_memusage_exporter import __version__
@@ -238,15 +239,15 @@ class WorkerAgent:
         self._told = True
         span = None
         try:
-            active = self.worker.active_keys
+            worker = self.worker
             # Actors' methods are no tasks: their entry is a name, and it may outlive the call.
-            is_task = key in active
+            is_task = key in worker.active_keys
             spans = measuring.telemetry.spans
             if spans is not None:
                 span = self._enter_span(spans, key, is_task)
             bracket = measuring.open(
                 thread,
-                (lambda: key in active or self._process is not measuring)
+                (lambda: key in worker.active_keys or self._process is not measuring)
                 if is_task
                 else _actor_call(thread),
             )
@@ -277,6 +278,9 @@ class WorkerAgent:
             elif not bracket.span.done:
                 # What it raised is told on the event loop, and may be on its way.
                 bracket.stop = time()
+                if len(self._raised) == _MOST_RAISED:  # the oldest makes room
+                    self._raised.popleft().span.drop()
+                    measuring.health.drop("span_export")
                 self._raised.append(bracket)
 
     def _enter_span(self, spans: Spans, key: Key, is_task: bool) -> TaskSpan | None:
@@ -400,10 +404,25 @@ class WorkerAgent:
             if spans is not None:
                 with measuring.health.guard("export"):
                     span = self._start_span(spans, key, True)
+                    seam.listen_in_coroutines(self.worker, self.on_coroutine, self.off_coroutine)
             bracket = measuring.open(None, lambda: key in brackets)
             if bracket is not None:
                 bracket.tag, bracket.span = key, span
             brackets[key] = bracket
+
+    def on_coroutine(self, key: Key) -> None:
+        """Make a task's span current in its coroutine; runs in the coroutine's own context."""
+        bracket = self._without_thread.get(key)
+        if bracket is not None and bracket.span is not None:
+            with bracket.span.owner.health.guard("export"):
+                bracket.span.owner.enter(bracket.span)
+
+    def off_coroutine(self, key: Key) -> None:
+        """Take it off there."""
+        bracket = self._without_thread.get(key)
+        if bracket is not None and bracket.span is not None:
+            with bracket.span.owner.health.guard("export"):
+                bracket.span.leave_coroutine()
 
     def _has_thread(self, task: TaskState) -> bool:
         if getattr(task.run_spec, "is_coro", False):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ class Received:
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
-        #: The status that HTTP requests are answered with.
+        #: The status that requests are answered with, as HTTP has it.
         self.status = 200
         #: Requests wait here for an answer while it is clear.
         self.answers = threading.Event()
@@ -169,7 +170,7 @@ class GrpcReceiver(Received, metrics_grpc.MetricsServiceServicer, trace_grpc.Tra
 
     def __init__(self) -> None:
         super().__init__()
-        self._server = grpc.server(ThreadPoolExecutor(4))
+        self._server = grpc.server(ThreadPoolExecutor(16))
         metrics_grpc.add_MetricsServiceServicer_to_server(self, self._server)
         trace_grpc.add_TraceServiceServicer_to_server(self, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
@@ -177,13 +178,38 @@ class GrpcReceiver(Received, metrics_grpc.MetricsServiceServicer, trace_grpc.Tra
         self._server.start()
 
     def Export(self, request: Any, context: Any) -> Any:
+        self.arrived += 1
+        self.answers.wait()
+        if self.status != 200:
+            context.abort(_GRPC_STATUS[self.status], "on purpose")
         self.requests.append(request)
         if isinstance(request, metrics_service.ExportMetricsServiceRequest):
             return metrics_service.ExportMetricsServiceResponse()
         return trace_service.ExportTraceServiceResponse()
 
     def close(self) -> None:
+        self.answers.set()
         self._server.stop(None)
+
+
+#: What stands for a status over gRPC.
+_GRPC_STATUS = {400: grpc.StatusCode.INVALID_ARGUMENT, 503: grpc.StatusCode.UNAVAILABLE}
+
+
+@contextmanager
+def dropping() -> Iterator[str]:
+    """Hold the endpoint of a host that drops packets: nobody takes its connections, and no more
+    may wait."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        port = listening.getsockname()[1]
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", port))
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager

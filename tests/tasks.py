@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distributed import Reschedule, get_client, rejoin, secede, worker_client
+from distributed import Reschedule, get_client, get_worker, rejoin, secede, worker_client
 
 MIB = 2**20
 
@@ -493,17 +493,160 @@ def starts_child(name: str) -> None:
         pass
 
 
+def annotations(*_: Any) -> dict[str, Any]:
+    """Return what the task that runs here is annotated with."""
+    worker = get_worker()
+    return dict(worker.state.tasks[worker.get_current_task()].annotations)
+
+
 async def starts_child_on_loop(name: str) -> None:
     starts_child(name)
+
+
+async def current_in_coroutine(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return what is current before and after others have had their turn on the event loop."""
+    before = current_span()
+    while not is_open(path):
+        await asyncio.sleep(0.01)
+    await asyncio.gather(inner := asyncio.ensure_future(current_later()))
+    assert inner.result() == before
+    return before, current_span()
+
+
+async def current_later() -> tuple[int, int]:
+    await asyncio.sleep(0)
+    return current_span()
+
+
+async def wait_for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+def leaves_context() -> None:
+    """Make a span current, and never take it off."""
+    from opentelemetry import context, trace
+
+    foreign = trace.NonRecordingSpan(trace.SpanContext(7, 7, is_remote=True))
+    context.attach(trace.set_span_in_context(foreign))
+
+
+class Heard:
+    """A span processor of an application's that keeps books on starts and ends."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, str] = {}
+        #: Of those that have ended, whether they are sampled and the peak that they tell.
+        self.ended: list[tuple[str, bool, Any]] = []
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        self.open[span.context.span_id] = span.name
+
+    def _on_ending(self, span: Any) -> None:
+        pass
+
+    def on_end(self, span: Any) -> None:
+        del self.open[span.context.span_id]
+        peak = span.attributes.get("dask.task.memory.peak")
+        self.ended.append((span.name, span.context.trace_flags.sampled, peak))
+
+    def shutdown(self) -> None:
+        pass
+
+    def force_flush(self, timeout_millis: int = 0) -> bool:
+        return True
+
+
+HEARD = Heard()
+
+
+def hear() -> None:
+    """Add it to the provider that is set."""
+    from opentelemetry import trace
+
+    trace.get_tracer_provider().add_span_processor(HEARD)
+
+
+def heard() -> tuple[list[str], list[tuple[str, bool, Any]]]:
+    return list(HEARD.open.values()), list(HEARD.ended)
+
+
+def set_foreign_tracer() -> None:
+    """Set a TracerProvider that is not the SDK's and has nothing but what the API asks for."""
+    from opentelemetry import trace
+
+    class Foreign(trace.Span):
+        __slots__ = ("about",)
+
+        def __init__(self, about: dict[str, Any]) -> None:
+            self.about = about
+            FOREIGN.append(about)
+
+        def get_span_context(self) -> Any:
+            return trace.SpanContext(7, id(self), False)
+
+        def set_attributes(self, attributes: Any) -> None:
+            self.about.update(attributes)
+
+        def set_attribute(self, key: str, value: Any) -> None:
+            self.about[key] = value
+
+        def end(self, end_time: Any = None) -> None:
+            self.about["ended"] = True
+
+        def is_recording(self) -> bool:
+            return True
+
+        def add_event(self, *_: Any, **__: Any) -> None:
+            self.about["event"] = True
+
+        def update_name(self, name: str) -> None:
+            pass
+
+        def set_status(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def record_exception(self, *_: Any, **__: Any) -> None:
+            pass
+
+    class Tracer(trace.Tracer):
+        def start_span(self, name: str, *_: Any, **__: Any) -> Any:
+            return Foreign({"name": name})
+
+        def start_as_current_span(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+    class Provider(trace.TracerProvider):
+        __slots__ = ()
+        __hash__ = None
+
+        def get_tracer(self, *_: Any, **__: Any) -> Any:
+            return Tracer()
+
+    trace.set_tracer_provider(Provider())
+
+
+#: What such spans have been told.
+FOREIGN: list[dict[str, Any]] = []
+
+
+def foreign() -> list[dict[str, Any]]:
+    return FOREIGN
+
+
+def set_empty_logger() -> None:
+    """Set a LoggerProvider without processors, as OTEL_LOGS_EXPORTER=none does."""
+    from opentelemetry import _logs
+    from opentelemetry.sdk._logs import LoggerProvider
+
+    _logs.set_logger_provider(LoggerProvider())
 
 
 def set_own_tracer(endpoint: str, delay: float = 0.0, log: bool = False) -> None:
     """Set a TracerProvider as an application does; its processor may hold up who ends a span."""
     from opentelemetry import trace
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 
     class Slow(SpanExporter):
         def export(self, spans: Any) -> Any:
@@ -515,11 +658,21 @@ def set_own_tracer(endpoint: str, delay: float = 0.0, log: bool = False) -> None
     provider = TracerProvider(resource=Resource.create({"service.name": "application"}))
     if delay:
         provider.add_span_processor(SimpleSpanProcessor(Slow()))
-    exporter = OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")
-    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=100))
     trace.set_tracer_provider(provider)
+    add_processor(endpoint)
     if log:
         set_own_logger()
+
+
+def add_processor(endpoint: str) -> None:
+    """Have the provider that is set send its spans."""
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    exporter = OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")
+    processor = BatchSpanProcessor(exporter, schedule_delay_millis=100)
+    trace.get_tracer_provider().add_span_processor(processor)
 
 
 #: Log records that an application's own LoggerProvider has been given: name and attributes.
@@ -563,8 +716,17 @@ class Spanned:
     def raises(self) -> None:
         raise ValueError("on purpose")
 
+    def raises_after(self, seconds: float) -> None:
+        time.sleep(seconds)
+        raise ValueError("on purpose")
+
     def raises_in_a_row(self, text: str) -> None:
+        self.row = [*getattr(self, "row", []), text]
         raise ValueError(text)
+
+    def in_a_row(self) -> list[str]:
+        """Return in what order that was called: not always as a client calls."""
+        return self.row
 
     def current(self) -> tuple[int, int]:
         return current_span()

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import dask
 import pytest
+from distributed import Client
 
-from dask_memusage_exporter import catalog
+from dask_memusage_exporter import MemusageWorkerPlugin, catalog, install
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
 from dask_memusage_exporter.health import DROP_REASONS, STAGES, Health
 from tests import tasks
-from tests.conftest import Measured, measured, wait_until
+from tests.conftest import (
+    Measured,
+    Metrics,
+    local_cluster,
+    measured,
+    scheduler_port,
+    wait_until,
+)
 from tests.receivers import Received, receiver, variables
 
 NAMES = {spec.otel.name: spec for spec in catalog.METRICS if spec.otel is not None}
@@ -128,6 +137,26 @@ def test_each_process_is_an_instance_of_its_own(sent: tuple[Measured, Received])
     assert len(instances) == len(workers) + 1  # and the scheduler
 
 
+def test_sums_over_instances_are_the_clusters() -> None:
+    """Before and after workers are restarted: what they have told stays, and nothing falls."""
+    name = "dask_scheduler_task_memory_tasks_total"
+    with sending(n_workers=2) as (cluster, received):
+        port = scheduler_port(cluster.cluster)
+        for runs in (1, 2):
+            keys = [f"summed-{runs}-{i}" for i in range(20)]
+            cluster.client.gather(cluster.client.map(tasks.array, [1] * 20, key=keys))
+            wait_until(lambda n=runs: received.total(PEAK, "summed") == 20 * n)
+            wait_until(lambda n=runs: received.total(TASKS, "summed") == 20 * n)
+            assert Metrics.read(port).total(name, task_prefix_name="summed") == 20 * runs
+            if runs == 1:
+                cluster.client.restart(timeout=100)
+    series: dict[Any, float] = {}
+    for point in received.points(TASKS, **{"dask.task.prefix.name": "summed"}):
+        assert point.value >= series.get(point.series, 0)
+        series[point.series] = point.value
+    assert len({point.resource["service.instance.id"] for point in received.latest(TASKS)}) > 2
+
+
 def test_a_worker_sends_its_last_figures() -> None:
     """Retired, its tasks are in, however long it was until the next export."""
     with sending(env={"OTEL_METRIC_EXPORT_INTERVAL": "3600000"}) as (late, last):
@@ -192,6 +221,25 @@ def test_a_receiver_that_comes_back_has_everything(sent: tuple[Measured, Receive
     wait_until(lambda: received.total(PEAK, "refused") == 20)
     stage = {"dask.memusage.stage": "export"}
     wait_until(lambda: received.total("dask.memusage.errors", **stage) >= 1)
+
+
+def test_other_settings_before_the_first_task_are_no_other_instance() -> None:
+    """A worker that is set up by its own plugin, and anew by the scheduler's settings."""
+    with ExitStack() as stack:
+        received = stack.enter_context(receiver())
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in variables(received.endpoint, OTEL_TRACES_EXPORTER="none").items():
+            patch.setenv(name, value)
+        cluster = stack.enter_context(local_cluster())
+        client = stack.enter_context(Client(cluster))
+        client.register_plugin(MemusageWorkerPlugin())
+        limit = "dask.worker.memory.limit"
+        wait_until(lambda: received.points(limit))
+        with dask.config.set({"memusage.max-prefixes": 7}):
+            install(cluster.scheduler)
+        client.submit(tasks.array, 1, key="anew-1").result()
+        wait_until(lambda: received.total(PEAK, "anew") == 1)
+        assert len({point.resource["service.instance.id"] for point in received.points(limit)}) == 1
 
 
 def test_what_workers_have_told_is_not_the_schedulers_own() -> None:

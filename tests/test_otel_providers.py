@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from distributed import Client
 from dask_memusage_exporter import install, providers
 from dask_memusage_exporter.health import Health
 from tests import tasks
-from tests.conftest import Metrics, local_cluster, measured, scheduler_port, wait_until
+from tests.conftest import local_cluster, measured, wait_until
 from tests.receivers import Received, receiver, variables
-from tests.servers import Servers, free_port
 
 PEAK = "dask.worker.task.memory.peak"
 
@@ -212,57 +210,6 @@ def test_an_applications_provider_is_used(
     assert "shutdown can only be called once" not in said.out + said.err
 
 
-# -- receivers that fail ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def servers(tmp_path: Path) -> Iterator[Servers]:
-    """The servers of one test."""
-    servers = Servers(tmp_path)
-    yield servers
-    servers.close()
-
-
-@pytest.mark.ends
-def test_a_failing_receiver_delays_nothing(servers: Servers) -> None:
-    """Down, silent, or answering 503 for ever: tasks run, workers end in time, errors count."""
-    servers.scheduler("--preload", "dask_memusage_exporter")
-    with receiver() as silent, receiver() as refusing:
-        silent.answers.clear()
-        refusing.status = 503
-        endpoints = {
-            "down": f"http://127.0.0.1:{free_port()}",
-            "silent": silent.endpoint,
-            "refusing": refusing.endpoint,
-        }
-        workers = {
-            name: servers.worker("--no-nanny", "--name", name, env=variables(endpoint))
-            for name, endpoint in endpoints.items()
-        }
-        servers.client.wait_for_workers(3, timeout=30)
-        began = time.monotonic()
-        futures = servers.client.map(abs, range(300), pure=False)
-        servers.client.gather(futures)
-        assert time.monotonic() - began < 5
-        wait_until(lambda: silent.arrived and refusing.arrived, what="an export to begin")
-        for server in workers.values():
-            server.process.terminate()
-        began = time.monotonic()
-        for name, server in workers.items():
-            server.process.wait(30)
-            # 1.5 s for what is left, of 2 s for all; Dask's own end takes part of a second.
-            assert time.monotonic() - began < 3.5, name
-            # (Dask's own, of the connection that it closes, may be there.)
-            traced = [line for line in server.lines('  File "') if "distributed/" not in line]
-            assert not [line for line in traced if "memusage" in line or "opentelemetry" in line]
-    # What was lost at the end is told with the goodbye.
-    name = "dask_scheduler_task_memory_errors_total"
-    wait_until(
-        lambda: Metrics.read(servers.scheduler_port).get_value(name, stage="export") >= 3,
-        what="the errors of all three",
-    )
-
-
 @pytest.mark.parametrize(
     ("text", "size"), [("", 2048), ("many", 2048), ("0", 2048), ("-1", 2048), ("7", 7)]
 )
@@ -272,16 +219,20 @@ def test_the_queues_size(text: str, size: int, monkeypatch: pytest.MonkeyPatch) 
     assert providers.queue_size() == size
 
 
-def test_a_scheduler_ends_in_time_too(set_variables: Any) -> None:
-    """Its own last figures wait no longer than they may."""
-    with receiver() as silent:
-        silent.answers.clear()
-        set_variables(variables(silent.endpoint))
-        with measured({"memusage.shutdown-timeout": "300ms"}, n_workers=0) as cluster:
-            assert scheduler_port(cluster.cluster)
-            wait_until(lambda: silent.arrived)
-            began = time.monotonic()
-        assert time.monotonic() - began < 3
+def test_an_idle_scheduler_follows_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That sets its provider while there are neither workers nor tasks."""
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    reader = InMemoryMetricReader()
+    own = MeterProvider([reader], shutdown_on_exit=False)
+    with measured(n_workers=0):
+        assert reader.get_metrics_data() is None
+        monkeypatch.setattr(
+            providers, "application", lambda signal: own if signal == "metrics" else None
+        )
+        wait_until(reader.get_metrics_data)
+    own.shutdown()
 
 
 def test_an_applications_instruments_outlive_us(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,21 +7,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import dask
 import pytest
 from distributed import Client, span
 
-from dask_memusage_exporter import install
+from dask_memusage_exporter import install, worker
 from tests import tasks
 from tests.conftest import (
     Measured,
-    Metrics,
     Records,
     cluster_total,
     local_cluster,
     measured,
-    scheduler_port,
     wait_until,
 )
 from tests.receivers import Received, Span, receiver, variables
@@ -169,6 +168,10 @@ def test_a_span_is_current_in_its_task_and_nowhere_else(
     client.submit(tasks.secede_and_rejoin, 1, 1, key="secedes-1").result()
     client.submit(tasks.with_worker_client, 2, 1, key="outer-1").result()
     client.submit(tasks.coroutine, 1, key="coroutine-1").result()
+    blocks = client.submit(tasks.lazily, 2, 1, key="generator-1")
+    client.submit(tasks.taken, blocks, key="taken-1").result()
+    client.submit(tasks.leaves_context, key="leaves-1").result()
+    client.submit(tasks.nothing, key="then-1").result()
     actor = client.submit(tasks.Actor, actor=True).result()
     with pytest.raises(ValueError, match="on purpose"):
         actor.fail(1).result()
@@ -176,7 +179,8 @@ def test_a_span_is_current_in_its_task_and_nowhere_else(
     # The client's own thread has nothing to do with it; executors' threads and the loop are clean.
     assert list(client.run(tasks.current_span).values()) == [(0, 0)]
     assert list(client.run(executors_current).values()) == [{"default": (0, 0)}]
-    for name in ("raises", "secedes", "outer", "coroutine"):
+    names = ("raises", "secedes", "outer", "coroutine", "generator", "taken", "leaves", "then")
+    for name in names:
         one_span(received, name)
     one_span(received, "inner", 2)
     for one in received.spans():
@@ -186,6 +190,48 @@ def test_a_span_is_current_in_its_task_and_nowhere_else(
     assert not [line for _, line in log if "dask-memusage" in line and "failed" in line]
     said = capfd.readouterr()
     assert "Failed to detach context" not in said.out + said.err
+
+
+def test_a_coroutine_has_its_own_span(
+    sent: tuple[Measured, Received], go: Gate, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Several on the loop by turns, each in its own; what it starts inherits it, nobody else."""
+    cluster, received = sent
+    client = cluster.client
+    keys = [f"together-{i}" for i in range(20)]
+    futures = client.map(tasks.current_in_coroutine, [go.path] * 20, key=keys)
+    wait_until(lambda: all(client.run(two_run).values()))
+    go.open()
+    results = dict(zip(keys, client.gather(futures), strict=True))
+    one_span(received, "together", 20)
+    for one in received.spans("together"):
+        own = int.from_bytes(one.data.trace_id, "big"), int.from_bytes(one.data.span_id, "big")
+        assert results[one.attributes["dask.task.key"]] == (own, own)
+        assert not one.data.parent_span_id
+    client.submit(tasks.nothing, key="beside-1").result()
+    assert not one_span(received, "beside").data.parent_span_id
+    assert list(client.run(tasks.current_later).values()) == [(0, 0)]
+    assert list(client.run(executors_current).values()) == [{"default": (0, 0)}]
+    assert "Failed to detach" not in "".join(capfd.readouterr())
+
+
+def test_a_coroutine_that_never_ends_leaves_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its worker closes while it waits, and says nothing of contexts."""
+    with spanned() as (cluster, _):
+        future = cluster.client.submit(tasks.wait_for_ever, key="endless-1")
+        wait_until(lambda: all(cluster.client.run(one_runs).values()))
+        cluster.client.run(close_soon)
+        wait_until(lambda: not cluster.cluster.scheduler.workers)
+        del future
+    assert "detach" not in "".join(capfd.readouterr())
+
+
+def one_runs(dask_worker: Any) -> bool:
+    return len(dask_worker.active_keys) == 1
+
+
+def two_run(dask_worker: Any) -> bool:
+    return len(dask_worker.active_keys) == 2
 
 
 def executors_current(dask_worker: Any) -> dict[str, tuple[int, int]]:
@@ -223,7 +269,43 @@ def test_actors_calls_that_fail_one_after_the_other(sent: tuple[Measured, Receiv
     failed = received.spans("Spanned.raises_in_a_row")
     assert {one.data.status.code for one in failed} == {ERROR}
     failed.sort(key=lambda one: one.data.start_time_unix_nano)
-    assert [one.data.status.message for one in failed] == [f"ValueError: {text}" for text in texts]
+    order = actor.in_a_row().result()
+    assert sorted(order) == texts
+    assert [one.data.status.message for one in failed] == [f"ValueError: {text}" for text in order]
+
+
+def test_actors_failures_that_wait_to_be_told_are_bounded() -> None:
+    """Beyond a bound the oldest span is lost, and counted."""
+    with spanned() as (cluster, received):
+        client = cluster.client
+        client.run(bound_raised, 1)
+        actor = client.submit(tasks.Spanned, actor=True).result()
+        actor.on_thread("first").result()
+        calls = [actor.raises_after(0.2) for _ in range(5)]
+        wait_until(lambda: list(client.run(waiting_calls).values()) == [4], what="calls to queue")
+        client.run(time.sleep, 2)  # on the event loop, which tells of what they raise
+        for call in calls:
+            with pytest.raises(ValueError, match="on purpose"):
+                call.result()
+        lost, reason = "dask_worker_task_memory_dropped_records_total", {"reason": "span_export"}
+        wait_until(
+            lambda: (
+                (
+                    len(received.spans("Spanned.raises_after"))
+                    + cluster_total(cluster.cluster, lost, **reason)
+                )
+                == 5
+            )
+        )
+        assert cluster_total(cluster.cluster, lost, **reason) >= 1
+
+
+def bound_raised(most: int) -> None:
+    worker._MOST_RAISED = most
+
+
+def waiting_calls(dask_worker: Any) -> int:
+    return dask_worker.executors["actor"]._work_queue.qsize()
 
 
 def test_nothing_is_left_on_a_thread_when_measuring_ends() -> None:
@@ -273,6 +355,10 @@ def test_instrumented_libraries_nest_under_the_task(received: Received) -> None:
         (address,) = cluster.cluster.scheduler.workers
         assert parent.attributes["dask.worker.address"] == address
         assert parent.attributes["dask.worker.name"] == "0"
+        # In a coroutine, too.
+        client.submit(tasks.starts_child_on_loop, "request", key="awaiting-1").result()
+        awaiting = one_span(received, "awaiting")
+        assert one_span(received, "request").data.parent_span_id == awaiting.data.span_id
         # An exception is a log record where the application takes those.
         assert client.submit(tasks.fail, 1, key="logs-1").exception() is not None
         failed = one_span(received, "logs")
@@ -350,6 +436,62 @@ def test_a_filter_keeps_what_stands_out(received: Received) -> None:
         ) == 4)  # fmt: skip
 
 
+def test_an_applications_processors_hear_the_end_of_spans_that_are_left_out(
+    received: Received,
+) -> None:
+    """As of spans that are not sampled, with what was measured; no exporter takes them."""
+    with guest(received, {"memusage.spans.keep.peak": "1TiB"}) as cluster:
+        client = cluster.client
+        client.run(tasks.hear)
+        keys = [f"small-{i}" for i in range(10)]
+        client.gather(client.map(tasks.nothing, range(10), key=keys))
+        client.submit(tasks.fail, 1, key="failing-1").exception()
+
+        def heard() -> Any:
+            ((still_open, ended),) = client.run(tasks.heard).values()
+            return not still_open and len(ended) == 11 and ended
+
+        ended = wait_until(heard)
+        small = [one for one in ended if one[0] == "small"]
+        assert len(small) == 10
+        assert all(not sampled and peak > 2**20 for _, sampled, peak in small)
+        assert [sampled for name, sampled, _ in ended if name == "failing"] == [True]
+        one_span(received, "failing")
+        assert not received.spans("small")
+
+
+@pytest.mark.parametrize("keep", [{}, {"memusage.spans.keep.peak": "1TiB"}])
+def test_a_provider_of_another_kind_than_the_sdks(keep: dict[str, Any]) -> None:
+    """It has what the API asks for and nothing more; tasks run, and it gets its spans."""
+    with local_cluster() as cluster, Client(cluster) as client:
+        client.run(tasks.set_foreign_tracer)
+        with dask.config.set(keep):
+            install(cluster.scheduler)
+        client.submit(tasks.fail, 1, key="foreign-1").exception()
+        keys = [f"foreign-{i}" for i in range(2, 12)]
+        client.gather(client.map(tasks.nothing, range(10), key=keys))
+
+        def told() -> Any:
+            (spans,) = client.run(tasks.foreign).values()
+            ended = [one for one in spans if one.get("ended")]
+            return len(ended) == 11 and ended  # nobody tells which of them are parents
+
+        spans = wait_until(told)
+        assert {one["dask.task.key"] for one in spans} == {f"foreign-{i}" for i in range(1, 12)}
+        assert [one["error.type"] for one in spans if "event" in one] == ["ValueError"]
+        errors = "dask_worker_task_memory_errors_total"
+        assert cluster_total(cluster, errors) == 0
+
+
+def test_an_exception_that_no_log_takes_is_told_on_the_span(received: Received) -> None:
+    """A LoggerProvider with nothing behind it, as OTEL_LOGS_EXPORTER=none sets one."""
+    with guest(received) as cluster:
+        cluster.client.run(tasks.set_empty_logger)
+        cluster.client.submit(tasks.fail, 1, key="unlogged-1").exception()
+        (event,) = one_span(received, "unlogged").data.events
+        assert event.name == "exception"
+
+
 # -- variables, settings, failures -----------------------------------------------------------------
 
 
@@ -367,35 +509,28 @@ def test_over_grpc_with_a_sampler() -> None:
         assert cluster_total(cluster.cluster, lost) == 0
 
 
+def test_a_provider_with_nothing_behind_it_is_none(received: Received) -> None:
+    """One that a variable alone has set sends to nobody: ours does, until somebody adds to it."""
+    env = {"OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider"}
+    with spanned(env=env) as (cluster, ours):
+        client = cluster.client
+        client.submit(tasks.nothing, key="behind-1").result()
+        assert one_span(ours, "behind").resource["service.name"] == "dask-worker"
+        client.run(tasks.add_processor, received.endpoint)
+
+        def followed() -> bool:
+            client.submit(tasks.nothing, pure=False, key=f"added-{uuid4()}").result()
+            return bool(received.spans("added"))
+
+        wait_until(followed)
+        assert not received.spans("behind")
+
+
 def test_spans_can_be_switched_off() -> None:
     """Whatever the variables say; nothing is imported then."""
     with spanned(config={"memusage.spans.enabled": False}) as (cluster, _):
         cluster.client.submit(tasks.nothing, key="off-1").result()
         assert list(cluster.client.run(tasks.opentelemetry_modules).values()) == [[]]
-
-
-def test_a_stuck_exporter_delays_nothing_and_its_losses_are_counted() -> None:
-    """Twice as many tasks as the queue takes, and a receiver that never answers; then the end."""
-    env = {"OTEL_EXPORTER_OTLP_TIMEOUT": "60", "OTEL_BSP_MAX_QUEUE_SIZE": "512"}
-    with spanned(env=env) as (cluster, received):
-        received.answers.clear()
-        client = cluster.client
-        client.submit(tasks.nothing, key="stuck-first").result()
-        wait_until(lambda: received.arrived)
-        keys = [f"stuck-{i}" for i in range(1000)]
-        client.gather(client.map(tasks.nothing, range(1000), key=keys))
-        assert received.arrived == 1  # all of it while the first waits for its answer
-        lost = {"reason": "span_export"}
-        worker = "dask_worker_task_memory_dropped_records_total"
-        wait_until(lambda: cluster_total(cluster.cluster, worker, **lost) == 1000 - 512)
-        wait_until(lambda: not cluster.cluster.scheduler.tasks, what="results to be let go")
-        began = time.monotonic()
-        client.run(close_soon)
-        wait_until(lambda: not cluster.cluster.scheduler.workers)
-        assert time.monotonic() - began < 4
-        port = scheduler_port(cluster.cluster)
-        scheduler = "dask_scheduler_task_memory_dropped_records_total"
-        wait_until(lambda: Metrics.read(port).get_value(scheduler, **lost) == 1001)
 
 
 def close_soon(dask_worker: Any) -> None:

@@ -10,18 +10,22 @@ from typing import Any
 
 import dask
 import dask.array as da
+import dask.dataframe as dd
 import distributed
+import pandas
 import pytest
+from distributed import span as imported_before
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dask_memusage_exporter import submission, traced
-from dask_memusage_exporter.instrumentor import DaskMemusageInstrumentor
+from dask_memusage_exporter.instrumentor import PRELOAD, DaskMemusageInstrumentor
 from tests import tasks
 from tests.conftest import Measured, wait_until
 from tests.receivers import Received, receiver, variables
 from tests.servers import Servers
+from tests.test_environments import ENVIRONMENTS
 from tests.test_otel_spans import one_span, spanned
 
 
@@ -77,9 +81,15 @@ def test_preloads_stay_as_they_are_configured(before: Any) -> None:
         instrumentor = DaskMemusageInstrumentor()
         instrumentor.instrument()
         others = ["other"] if before else []
-        assert dask.config.get(key) == [*others, "dask_memusage_exporter"]
+        configured = dask.config.get(key)
         instrumentor.uninstrument()
+        assert configured == [*others, PRELOAD]
         assert dask.config.get(key) == others
+    with dask.config.set({key: ["dask_memusage_exporter"]}):
+        instrumentor.instrument()
+        configured = dask.config.get(key)
+        instrumentor.uninstrument()
+        assert configured == ["dask_memusage_exporter"]
 
 
 @pytest.mark.ends
@@ -123,6 +133,50 @@ def test_dasks_own_spans_are_real_ones(
         pass
 
 
+def test_fused_tasks_are_children_too(
+    sent: tuple[Measured, Received], application: Application
+) -> None:
+    """Of a DataFrame and an array, whose chains of operations are one task a partition or chunk."""
+    cluster, received = sent
+    table = pandas.DataFrame({"a": range(100), "b": range(100)})
+    frame = dd.from_pandas(table, npartitions=5, sort=False)
+    with dask.annotate(retries=2):  # fusion loses what the graph itself is annotated with
+        array = da.ones((40, 40), chunks=(10, 40)) + 1
+    with traced("nightly"), dask.config.set({"optimization.fuse.active": True}):
+        fused = ((frame.a + 1) * 2).to_frame().optimize(fuse=True)
+        length = len(fused.compute(scheduler=cluster.client))
+        total = (array * 2).sum().compute(scheduler=cluster.client)
+    assert (length, total) == (100, 40 * 40 * 4)
+    trace, parent = application.ids()["nightly"]
+    wait_until(lambda: len(received.spans()) == len(cluster.records))
+    spans = [one for one in received.spans() if one.data.trace_id.hex() == trace]
+    assert {one.data.parent_span_id.hex() for one in spans} == {parent}
+    names = [one.name for one in spans]
+    assert not {"add", "mul", "ones_like"} & set(names)
+    assert len([name for name in names if "add" in name and "mul" in name]) == 5
+    assert names.count("sum") == 4
+    submission.unwrap()
+
+
+def test_annotations_of_a_graphs_own_layers_stay(
+    sent: tuple[Measured, Received], application: Application, instrumented: None
+) -> None:
+    """A layer's own, such as retries, beside the parent that all of them get."""
+    cluster, received = sent
+    with dask.annotate(retries=2, tag="mine"):
+        first = dask.delayed(tasks.annotations)(dask_key_name="layered-1")
+    second = dask.delayed(tasks.annotations)(first, dask_key_name="layered-2")
+    with application.tracer.start_as_current_span("graph"):
+        future = cluster.client.compute(second)
+        own = cluster.client.compute(first)
+    assert own.result().items() >= {"retries": 2, "tag": "mine"}.items()
+    assert "tag" not in future.result()
+    one_span(received, "layered", 2)
+    ids = application.ids()["graph"]
+    for one in received.spans("layered"):
+        assert (one.data.trace_id.hex(), one.data.parent_span_id.hex()) == ids
+
+
 def test_by_hand(sent: tuple[Measured, Received], application: Application) -> None:
     """`traced` does it for a block, with a span of its own or an application's."""
     cluster, received = sent
@@ -136,6 +190,28 @@ def test_by_hand(sent: tuple[Measured, Received], application: Application) -> N
     assert one_span(received, "inside").data.parent_span_id.hex() == ids["named"][1]
     assert one_span(received, "deeper").data.parent_span_id.hex() == ids["inner"][1]
     assert not one_span(received, "outside").data.parent_span_id
+    submission.unwrap()
+
+
+def test_by_hand_dasks_own_spans_are_real_ones_too(
+    sent: tuple[Measured, Received], application: Application
+) -> None:
+    """In the block, by whatever name ``span`` was imported before; outside of it they are not."""
+    cluster, received = sent
+    with traced("nightly"), imported_before("etl", "load"):
+        cluster.client.submit(tasks.nothing, key="byhand-1").result()
+    with imported_before("outside"):
+        cluster.client.submit(tasks.nothing, key="untraced-1").result()
+    one, ids = one_span(received, "byhand"), application.ids()
+    assert (one.data.trace_id.hex(), one.data.parent_span_id.hex()) == ids["load"]
+    by_name = {span.name: span for span in application.exporter.get_finished_spans()}
+    assert by_name["load"].parent.span_id == by_name["etl"].context.span_id
+    assert by_name["etl"].parent.span_id == by_name["nightly"].context.span_id
+    assert not one_span(received, "untraced").data.parent_span_id
+    assert "outside" not in ids
+    submission.unwrap()
+    with traced("again"), pytest.raises(ValueError, match="at least one span tag"):
+        imported_before().__enter__()
     submission.unwrap()
 
 
@@ -162,7 +238,31 @@ def test_links_where_a_trace_would_be_endless(
 
 def test_workers_of_an_instrumented_process_measure(instrumented: None) -> None:
     """The preload is configured beside those that are."""
-    assert "dask_memusage_exporter" in dask.config.get("distributed.worker.preload")
+    assert PRELOAD in dask.config.get("distributed.worker.preload")
+
+
+def test_a_host_without_the_package_joins(tmp_path: Path) -> None:
+    """The instrumented client's configuration travels to hosts; one has no such package there."""
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    (absent / "sitecustomize.py").write_text(ENVIRONMENTS["absent"][0])
+    # As an SSHCluster has it on its commands' lines.
+    travels = dask.config.serialize({"distributed": {"worker": {"preload": [PRELOAD]}}})
+    servers = Servers(tmp_path)
+    try:
+        servers.scheduler()
+        inherited = {"DASK_INTERNAL_INHERIT_CONFIG": travels}
+        bare = servers.worker("--no-nanny", env={**inherited, "PYTHONPATH": str(absent)})
+        with_nanny = servers.worker(env=inherited)
+        servers.client.wait_for_workers(2, timeout=30)
+        futures = servers.client.map(abs, range(10), pure=False)
+        assert len(servers.client.gather(futures)) == 10
+        (line,) = bare.lines("are not measured (ModuleNotFoundError")
+        assert "Mend: install dask-memusage-exporter" in line
+        assert "Traceback" not in bare.log
+        assert len(with_nanny.lines("dask-memusage 0")) == 1
+    finally:
+        servers.close()
 
 
 #: What a distribution of OpenTelemetry's has: it sets the SDK up by the variables.

@@ -171,9 +171,12 @@ def instruments(provider: MeterProvider, buckets: Sequence[float]) -> Instrument
     The first one's buckets stand; explicit buckets are what the provider's views and the standard
     variable leave them.
     """
-    found = _known.get(provider)
-    if found is None:
-        found = _known[provider] = Instruments(provider, buckets)
+    try:
+        found = _known.get(provider)
+        if found is None:
+            found = _known[provider] = Instruments(provider, buckets)
+    except TypeError:  # another than the SDK's, which cannot be remembered
+        return Instruments(provider, buckets)
     return found
 
 

@@ -1,0 +1,100 @@
+"""Which spans are kept, once it is known what was measured: those that stand out, and parents.
+
+Covers: the settings ``memusage.spans.keep``; which task spans have children, by a look at every
+span that starts through a provider of the SDK's.
+Does not cover: children in other processes that were not started through a span here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.trace import TracerProvider
+
+from dask_memusage_exporter.config import Settings
+from dask_memusage_exporter.failures import Failure
+from dask_memusage_exporter.records import TaskMemory
+
+if TYPE_CHECKING:
+    from dask_memusage_exporter.spans import TaskSpan
+
+
+class Keep:
+    """Which spans are kept once it is known what was measured: all, or those that stand out."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._peak, self._growth = settings.spans_keep_peak, settings.spans_keep_growth
+        self._most, self._window = settings.spans_keep_largest, settings.maximum_window
+        #: Whether any are left out.
+        self.some = bool(self._peak or self._growth or self._most)
+        self._largest: dict[tuple[str, bool], list[tuple[int, float]]] = {}
+
+    def wants(self, record: TaskMemory, failure: Failure | None) -> bool:
+        """Return whether to keep the span of an execution that had no children."""
+        if not self.some or failure is not None or record.status == "erred":
+            return True
+        peak, growth = record.peak_bytes, record.growth_bytes
+        kept = bool(self._peak) and peak >= (self._peak or 0)
+        kept |= bool(self._growth) and growth is not None and growth >= (self._growth or 0)
+        if self._most:
+            kept |= self._among_largest((record.task_prefix, False), peak, record.stop)
+            if growth is not None:
+                kept |= self._among_largest((record.task_prefix, True), growth, record.stop)
+        return kept
+
+    def _among_largest(self, kind: tuple[str, bool], value: int, now: float) -> bool:
+        """Return whether a value is among the largest of its kind in ``maximum-window``."""
+        if kind not in self._largest and len(self._largest) >= 10_000:
+            self._largest.clear()
+        recent = [one for one in self._largest.get(kind, ()) if one[1] > now - self._window]
+        recent.append((value, now))
+        recent.sort(reverse=True)
+        self._largest[kind] = recent[: self._most]
+        return (value, now) in self._largest[kind]
+
+
+class Children:
+    """A span processor that notes which task spans are parents."""
+
+    def __init__(self) -> None:
+        #: Task spans that have not ended, by span id.
+        self.open: dict[int, TaskSpan] = {}
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:  # noqa: ARG002  # the SDK's
+        """Note its parent, where that is a task's span."""
+        parent = getattr(span, "parent", None)
+        one = None if parent is None else self.open.get(parent.span_id)
+        if one is not None:
+            one.children = True
+
+    def _on_ending(self, span: Any) -> None:
+        """Do nothing."""
+
+    def on_end(self, span: Any) -> None:
+        """Do nothing."""
+
+    def shutdown(self) -> None:
+        """Do nothing."""
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:  # noqa: ARG002  # the SDK's
+        """Do nothing."""
+        return True
+
+
+_watched: weakref.WeakKeyDictionary[TracerProvider, Children] = weakref.WeakKeyDictionary()
+
+
+def children_of(provider: Any) -> Children | None:
+    """Return what watches a provider; None where it is not the SDK's, and cannot be watched."""
+    add = getattr(provider, "add_span_processor", None)
+    if add is None:
+        return None
+    if provider not in _watched:
+        watch = Children()
+        try:
+            _watched[provider] = watch
+        except TypeError:  # it cannot be remembered
+            return None
+        add(watch)
+    return _watched[provider]
