@@ -124,7 +124,7 @@ def unknown_kind_of_panel(dashboard: dict[str, Any]) -> None:
 def test_a_fault_does_not_compile(
     judge: Callable[..., str], harm: Callable[[dict[str, Any]], None], said: str
 ) -> None:
-    """The check is worth its name: a dashboard that is right but for one thing is refused for it."""
+    """The check is worth its name: a dashboard with one fault is refused for that one."""
     dashboard = dashboards()["scrape-overview"]
     broken = copy.deepcopy(dashboard)
     harm(broken)

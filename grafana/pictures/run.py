@@ -1,0 +1,63 @@
+"""A real run: ``dask scheduler``, ``dask worker`` and Prometheus as processes, and the job."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from grafana.pictures import job
+from tests.conftest import wait_until
+from tests.servers import Prometheus, Servers, free_port
+
+#: What each worker may use; Dask's nanny kills it at 95 % of it.
+LIMIT = 640 * job.MIB
+
+
+class Run(NamedTuple):
+    """What has been scraped: by whom, and from when to when."""
+
+    url: str
+    start: float
+    end: float
+
+
+@contextmanager
+def scraped(directory: Path, seconds: float) -> Iterator[Run]:
+    """Run the job for some time and hold the Prometheus that scraped it."""
+    program = shutil.which("prometheus")
+    if program is None:
+        sys.exit(
+            "grafana.pictures: prometheus is not installed: run tests/install-components as root"
+        )
+    servers = Servers(directory)
+    try:
+        environment = {
+            "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0",
+            "DASK_MEMUSAGE__WORKER_METRICS": "full",
+        }
+        servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
+        # A worker that died comes back at its port. The last has two threads: its tasks overlap.
+        ports = [free_port() for _ in range(3)]
+        for threads, port in zip((1, 1, 2), ports, strict=True):
+            servers.worker(
+                *("--dashboard-address", f"127.0.0.1:{port}", "--nthreads", str(threads)),
+                *("--memory-limit", str(LIMIT)),
+                env=environment,
+            )
+        servers.client.wait_for_workers(len(ports), timeout=60)
+        pages = [servers.scheduler_port, *ports]
+        with Prometheus(program, directory / "prometheus", pages) as prometheus:
+            wait_until(lambda: prometheus.query("up") == [1] * len(pages), what="a scrape of all")
+            start = time.time()
+            job.run(servers.client, seconds, LIMIT)
+            end = time.time()
+            # Its last values are asked of a server that has them.
+            wait_until(lambda: prometheus.query("max(timestamp(up))") > [end], what="a last scrape")
+            yield Run(prometheus.url, start, end)
+    finally:
+        servers.close()
