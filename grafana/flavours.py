@@ -120,7 +120,9 @@ def _name(whose: str | None, name: str, flavour: Flavour) -> tuple[str, bool]:
         if flavour is OTLP:
             raise NoInstrument(name)
         return f"{NAMESPACE}_{name}", DASKS_OWN[name]
-    suffix = next((one for one in _SUFFIXES if name.removesuffix(one) in catalog.BY_NAME), "")
+    suffix = next((one for one in _SUFFIXES if name.endswith(one)), "")
+    if name in catalog.BY_NAME:
+        suffix = ""
     spec = catalog.BY_NAME[name.removesuffix(suffix)]
     has_prefix = "task_prefix_name" in spec.labels
     if flavour is OTLP:

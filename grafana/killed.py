@@ -8,12 +8,13 @@ from grafana.promql import by_prefix, gained, in_range
 _KILLED = "task_memory_killed_tasks_total"
 
 
-def _by_cause(cause: str) -> str:
-    return by_prefix("sum", in_range(f'<{_KILLED}{{cause="{cause}"}}>')) + " > 0"
-
-
 #: Of prefixes that lost a task in the time range; the metrics stay for ever.
 _LATELY = f"and on (task_prefix_name) ({by_prefix('sum', in_range(f'<{_KILLED}>'))} > 0)"
+
+
+def _by_cause(cause: str) -> str:
+    return by_prefix("sum", in_range(f'<{_KILLED}{{cause="{cause}"}}>')) + f" {_LATELY}"
+
 
 TABLE = Table(
     "Post-mortem: killed tasks by prefix",
@@ -59,7 +60,7 @@ OVER_TIME = Lines(
     """When workers died with a task on them. One bar: look at that task. Bars that repeat: the same
     task is tried again on one worker after the other; cancel it. Worker processes that end in
     order, or are scaled down, are not here.""",
-    (Query(f"sum by (cause) ({gained(f'<{_KILLED}>')}) > 0", "{{cause}}"),),
+    (Query(f"sum by (cause) ({gained(f'<{_KILLED}>')})", "{{cause}}"),),
     "short",
     bars=True,
     no_value="none was killed",

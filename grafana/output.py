@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dask_memusage_exporter import monitoring
 from dask_memusage_exporter.monitoring import rules
-from grafana import overview
+from grafana import exporter, overview, prefix, workers
 from grafana.factory import Factory
 from grafana.flavours import FLAVOURS
 from grafana.panels import Dashboard
@@ -16,7 +16,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "dask_memusage_exporter/monitoring"
 CHART = "deploy/helm/dask-memusage-exporter"
 
-DASHBOARDS: tuple[Dashboard, ...] = (overview.DASHBOARD,)
+DASHBOARDS: tuple[Dashboard, ...] = (
+    overview.DASHBOARD,
+    prefix.DASHBOARD,
+    workers.DASHBOARD,
+    exporter.DASHBOARD,
+)
 
 
 def templates() -> Iterator[tuple[str, str]]:

@@ -19,8 +19,8 @@ OF_LIMIT: Thresholds = ((None, "green"), (0.8, "orange"), (0.95, "red"))
 CHANGE: Thresholds = ((None, "green"), (0.1, "orange"), (0.3, "red"))
 PLAIN: Thresholds = ((None, "text"),)
 
-#: Said by panels of worker series where nothing scrapes workers.
-NO_WORKERS = "No worker is scraped"
+#: Said by panels of worker series where workers are not scraped.
+NO_WORKERS = "no worker series"
 
 
 class Query(NamedTuple):

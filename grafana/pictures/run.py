@@ -51,7 +51,12 @@ def scraped(directory: Path, seconds: float) -> Iterator[Run]:
             )
         servers.client.wait_for_workers(len(ports), timeout=60)
         pages = [servers.scheduler_port, *ports]
-        with Prometheus(program, directory / "prometheus", pages) as prometheus:
+        with Prometheus(
+            program,
+            directory / "prometheus",
+            pages,
+            labels={"dask_cluster": "example", "namespace": "example"},
+        ) as prometheus:
             wait_until(lambda: prometheus.query("up") == [1] * len(pages), what="a scrape of all")
             start = time.time()
             job.run(servers.client, seconds, LIMIT)
