@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from dask_memusage_exporter import nanny
 from grafana.pictures import job
 from tests.conftest import wait_until
 from tests.servers import Prometheus, Servers, free_port
 
 #: What each worker may use; Dask's nanny kills it at 95 % of it.
-LIMIT = 640 * job.MIB
+LIMIT = 1024 * job.MIB
 
 
 class Run(NamedTuple):
@@ -41,13 +42,16 @@ def scraped(directory: Path, seconds: float) -> Iterator[Run]:
             "DASK_MEMUSAGE__WORKER_METRICS": "full",
         }
         servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
-        # A worker that died comes back at its port. The last has two threads: its tasks overlap.
-        ports = [free_port() for _ in range(3)]
-        for threads, port in zip((1, 1, 2), ports, strict=True):
+        # One worker of each kind: the kernel's mark with one thread, jemalloc with two, and with two
+        # threads the kernel's, which cannot tell them apart. One that died comes back at its port.
+        jemalloc = {"LD_PRELOAD": nanny.find(), "PYTHONMALLOC": "malloc"}
+        kinds = ((1, {}), (2, jemalloc), (2, {}))
+        ports = [free_port() for _ in kinds]
+        for (threads, more), port in zip(kinds, ports, strict=True):
             servers.worker(
                 *("--dashboard-address", f"127.0.0.1:{port}", "--nthreads", str(threads)),
                 *("--memory-limit", str(LIMIT)),
-                env=environment,
+                env={**environment, **more},
             )
         servers.client.wait_for_workers(len(ports), timeout=60)
         pages = [servers.scheduler_port, *ports]
