@@ -7,6 +7,7 @@ from grafana.panels import (
     CHANGE,
     NONE_IS_GOOD,
     OF_LIMIT,
+    PREFIX,
     Column,
     Dashboard,
     Heatmap,
@@ -37,8 +38,6 @@ KNOWN = f"{_OWN} / ({TASKS} > 0)"
 _SECONDS = by_prefix("sum", in_range("<dask:scheduler_tasks_compute_seconds_total>"))
 #: Of bytes and seconds, in the unit of bills.
 _GIB_HOUR = 2**30 * 3600
-
-PREFIX = ("task_prefix_name", "Task prefix")
 
 
 def _change(histogram: str) -> str:
@@ -235,7 +234,8 @@ GREW = Row(
         Table(
             "Mean memory, in the time range and before it",
             """Exact means of the time range beside those of the tasks that ran before it, in
-            clusters seen in the time called Baseline. Red grew by 30 % or more: click it, and see
+            clusters seen in the time called Baseline. Red grew by as much as
+            makes an alert: click it, and see
             whether its inputs grew as well or the code did. No value before: a new prefix, or too
             short a baseline.""",
             PREFIX,

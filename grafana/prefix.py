@@ -5,6 +5,7 @@ from __future__ import annotations
 from grafana import killed
 from grafana.overview import GROWTH, KNOWN, MAXIMUM, OF_THE_LIMIT, PEAK, TASKS
 from grafana.panels import (
+    BESIDE,
     CHANGE,
     NO_WORKERS,
     NONE_IS_GOOD,
@@ -14,6 +15,7 @@ from grafana.panels import (
     Heatmap,
     Lines,
     Query,
+    Ratio,
     Row,
     Stat,
     Table,
@@ -108,7 +110,7 @@ STATS = Row(
         Stat(
             "Mean growth changed",
             """Mean growth in the time range against that before it, in clusters seen in the time
-            called Baseline. Red: 30 % or more; see below whether inputs grew, too.""",
+            called Baseline. Red: as much as makes an alert; see below whether inputs grew, too.""",
             (Query(f"{mean(GROWTH)} / ({mean(GROWTH, 'before')}) - 1"),),
             "percentunit",
             CHANGE,
@@ -186,15 +188,9 @@ CHANGED = Row(
             (
                 Column("Before", _BEFORE, "bytes"),
                 Column("In the time range", _NOW, "bytes"),
-                Column(
-                    "Changed",
-                    f"({_NOW}) / on (statistic) ({_BEFORE}) - 1",
-                    "percentunit",
-                    CHANGE,
-                    decimals=0,
-                ),
             ),
             ("Statistic",),
+            Ratio("Beside before", "In the time range", "Before", BESIDE),
             width=12,
         ),
         Lines(

@@ -151,4 +151,4 @@ class DataSource:
             return given.replace("\\", "\\\\").replace('"', '\\"')
         if variable.get("includeAll"):
             return variable["allValue"]
-        return variable["current"]["value"]
+        return variable.get("current", {}).get("value", "")

@@ -1,4 +1,4 @@
-"""Every query of every dashboard, asked of a real Prometheus and of a real store of OTLP metrics."""
+"""Every query of every dashboard, asked of a real Prometheus and of a real store of OTLP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dask_memusage_exporter import monitoring
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
 from tests import tasks
 from tests.conftest import rows, wait_until
-from tests.grafana_panels import DataSource, Target, targets
+from tests.grafana_panels import DataSource, targets
 from tests.servers import Prometheus, Servers, VictoriaMetrics, free_port
 
 MIB = 2**20
@@ -85,15 +85,12 @@ def submit(servers: Servers, number: int, sizes: list[int]) -> None:
     client.gather([one for one in done if not one.key.startswith("kept")])
 
 
-def kill_one(servers: Servers, spare: int, directory: Path) -> None:
-    """Kill -9 the worker that runs a task of load, and not the one at the port ``spare``."""
-    info = servers.client.scheduler_info()["workers"]
-    (address,) = (one for one, about in info.items() if about["services"]["dashboard"] != spare)
+def kill_one(servers: Servers, address: str, directory: Path) -> None:
+    """Kill -9 a worker that runs a task of load."""
     pid = servers.client.run(os.getpid, workers=[address])[address]
-    given = servers.client.submit(block, 8, key="block-2-killed", workers=[address])
     path = directory / "running"
     doomed = servers.client.submit(
-        load, given, 150, str(path), key="load-2-killed", workers=[address], retries=0
+        load, np.ones(1), 150, str(path), key="load-2-killed", workers=[address]
     )
     wait_until(path.exists, what="the task that is to be killed")
     os.kill(pid, signal.SIGKILL)
@@ -102,7 +99,7 @@ def kill_one(servers: Servers, spare: int, directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    """A scheduler, workers of which one is scraped, two jobs, and one worker killed in the second."""
+    """Two workers of which one is scraped, two jobs, and a worker killed in the second."""
     directory = tmp_path_factory.mktemp("dashboards")
     with ExitStack() as stack:
         store = VictoriaMetrics(component("victoria-metrics"), directory / "store")
@@ -150,7 +147,13 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
         start = time.time()
         submit(servers, 2, [90, 120, 150, 180])
         seen()
-        kill_one(servers, port, directory)
+        # Not the one that is scraped.
+        (address,) = (
+            address
+            for address, about in servers.client.scheduler_info()["workers"].items()
+            if about["services"]["dashboard"] != port
+        )
+        kill_one(servers, address, directory)
         killed = 'dask_scheduler_task_memory_killed_tasks_total{cause="signal"} > 0'
         for one in (full, alone):
             wait_until(lambda: one.query(killed) == [1], what="the kill")  # noqa: B023

@@ -46,7 +46,7 @@ class _Pages(SimpleHTTPRequestHandler):
         self.wfile.write(_PAGE.encode())
         return None
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *_: Any) -> None:
         """Say nothing of every file."""
 
 

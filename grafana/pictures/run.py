@@ -18,6 +18,11 @@ from tests.servers import Prometheus, Servers, free_port
 #: What each worker may use; Dask's nanny kills it at 95 % of it.
 LIMIT = 1024 * job.MIB
 
+#: What a scrape configuration puts on, see ``docs/dashboards.md``.
+LABELS = {"namespace": "example", "dask_cluster": "example"}
+#: As long as a busy machine's pages need.
+SCRAPE = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}}
+
 
 class Run(NamedTuple):
     """What has been scraped: by whom, and from when to when."""
@@ -42,8 +47,8 @@ def scraped(directory: Path, seconds: float) -> Iterator[Run]:
             "DASK_MEMUSAGE__WORKER_METRICS": "full",
         }
         servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
-        # One worker of each kind: the kernel's mark with one thread, jemalloc with two, and with two
-        # threads the kernel's, which cannot tell them apart. One that died comes back at its port.
+        # One worker of each kind: the kernel's mark with one thread, jemalloc with two, and the
+        # kernel's with two, which it cannot tell apart. One that died comes back at its port.
         jemalloc = {"LD_PRELOAD": nanny.find(), "PYTHONMALLOC": "malloc"}
         kinds = ((1, {}), (2, jemalloc), (2, {}))
         ports = [free_port() for _ in kinds]
@@ -56,10 +61,7 @@ def scraped(directory: Path, seconds: float) -> Iterator[Run]:
         servers.client.wait_for_workers(len(ports), timeout=60)
         pages = [servers.scheduler_port, *ports]
         with Prometheus(
-            program,
-            directory / "prometheus",
-            pages,
-            labels={"dask_cluster": "example", "namespace": "example"},
+            program, directory / "prometheus", pages, labels=LABELS, more=SCRAPE
         ) as prometheus:
             wait_until(lambda: prometheus.query("up") == [1] * len(pages), what="a scrape of all")
             start = time.time()
