@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,11 +62,11 @@ def served() -> Iterator[str]:
 
 
 @contextmanager
-def browser() -> Iterator[Page]:
-    """Hold a page of a browser without a window."""
+def browser(program: str) -> Iterator[Page]:
+    """Hold a page of a Chromium without a window."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"),
+            executable_path=program,
             args=[
                 "--no-sandbox",
                 "--disable-background-networking",
@@ -84,19 +83,25 @@ def browser() -> Iterator[Page]:
             chromium.close()
 
 
-def picture(page: Page, url: str, file: Path, asked: dict[str, Any], rows: int) -> list[str]:
-    """Draw one dashboard into a file; return what the page complained of."""
-    said: list[str] = []
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("console", lambda line: said.append(line.text) if line.type == "error" else None)
-    # A row of Grafana's grid is 30 pixels and 8 between.
-    page.set_viewport_size({"width": WIDTH, "height": rows * 38 + 260})
+def picture(page: Page, url: str, file: Path, asked: dict[str, Any]) -> None:
+    """Draw one dashboard into a file.
+
+    Raises
+    ------
+    RuntimeError
+        A panel's query was refused, or the page's program failed.
+    """
+    faults: list[str] = []
+    page.once("pageerror", lambda error: faults.append(str(error)))
+    panels = asked["dashboard"]["panels"]
+    rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
+    # A row of Grafana's grid is 30 pixels and 8 between; above it are title and variables.
+    page.set_viewport_size({"width": WIDTH, "height": rows * 38 + 200})
     page.goto(url)
     page.evaluate("asked => window.draw(asked)", asked)
-    page.wait_for_selector("[data-testid^='data-testid Panel header']")
+    page.wait_for_function("window.isDrawn() || window.faults().length > 0", timeout=60_000)
     page.wait_for_load_state("networkidle")
-    page.wait_for_function(
-        "document.querySelectorAll('[aria-label=\"Panel loading bar\"]').length === 0"
-    )
-    page.screenshot(path=file, full_page=True)
-    return said
+    faults += page.evaluate("window.faults()")
+    if faults:
+        raise RuntimeError(f"{asked['dashboard']['title']}: {'; '.join(faults)}")
+    page.screenshot(path=file)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from distributed import Client, Future, wait
+from distributed import Client, wait
 from distributed.scheduler import KilledWorker
 
 MIB = 2**20
@@ -61,7 +61,7 @@ def train(mib: float) -> float:
 
 def outer_join(limit: float) -> int:
     """Grow until the nanny kills the worker."""
-    blocks = []
+    blocks: list[np.ndarray] = []
     while sum(block.nbytes for block in blocks) < limit:
         blocks.append(array(16))
         time.sleep(0.1)
@@ -74,7 +74,7 @@ def one_round(client: Client, number: int, seconds: float, elapsed: float) -> No
     key = f"{number}"
     chance = random.Random(number)  # noqa: S311 - the same job every time
 
-    def send(function: Callable[..., Any], *arguments: Any, at: int = 0) -> Future:
+    def send(function: Callable[..., Any], *arguments: Any, at: int = 0) -> Any:
         return client.submit(function, *arguments, key=f"{function.__name__}-{key}-{at}")
 
     loaded = [send(load, chance.choice((24, 32, 48, 64)), at=at) for at in range(6)]

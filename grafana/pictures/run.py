@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,21 +23,17 @@ SCRAPE = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}}
 
 
 class Run(NamedTuple):
-    """What has been scraped: by whom, and from when to when."""
+    """What has been scraped, by whom, and when: what ran before ``start`` is the baseline."""
 
     url: str
+    began: float
     start: float
     end: float
 
 
 @contextmanager
-def scraped(directory: Path, seconds: float) -> Iterator[Run]:
-    """Run the job for some time and hold the Prometheus that scraped it."""
-    program = shutil.which("prometheus")
-    if program is None:
-        sys.exit(
-            "grafana.pictures: prometheus is not installed: run tests/install-components as root"
-        )
+def scraped(program: str, directory: Path, seconds: float) -> Iterator[Run]:
+    """Run the job for some time and hold the Prometheus, of this program, that scraped it."""
     servers = Servers(directory)
     try:
         environment = {
@@ -47,10 +41,10 @@ def scraped(directory: Path, seconds: float) -> Iterator[Run]:
             "DASK_MEMUSAGE__WORKER_METRICS": "full",
         }
         servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
-        # One worker of each kind: the kernel's mark with one thread, jemalloc with two, and the
-        # kernel's with two, which it cannot tell apart. One that died comes back at its port.
+        # One thread and the kernel's mark, and two threads on jemalloc, which tells them apart. One
+        # that died comes back at its port.
         jemalloc = {"LD_PRELOAD": nanny.find(), "PYTHONMALLOC": "malloc"}
-        kinds = ((1, {}), (2, jemalloc), (2, {}))
+        kinds: tuple[tuple[int, dict[str, str]], ...] = ((1, {}), (2, jemalloc), (2, jemalloc))
         ports = [free_port() for _ in kinds]
         for (threads, more), port in zip(kinds, ports, strict=True):
             servers.worker(
@@ -64,11 +58,11 @@ def scraped(directory: Path, seconds: float) -> Iterator[Run]:
             program, directory / "prometheus", pages, labels=LABELS, more=SCRAPE
         ) as prometheus:
             wait_until(lambda: prometheus.query("up") == [1] * len(pages), what="a scrape of all")
-            start = time.time()
+            began = time.time()
             job.run(servers.client, seconds, LIMIT)
             end = time.time()
             # Its last values are asked of a server that has them.
             wait_until(lambda: prometheus.query("max(timestamp(up))") > [end], what="a last scrape")
-            yield Run(prometheus.url, start, end)
+            yield Run(prometheus.url, began, began + (end - began) / 3, end)
     finally:
         servers.close()

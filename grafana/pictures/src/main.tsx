@@ -5,7 +5,7 @@ import { createRoot } from 'react-dom/client';
 import { MemoryRouter } from 'react-router-dom';
 import { ThemeContext, createTheme } from '@grafana/data';
 import { config } from '@grafana/runtime';
-import { sceneUtils } from '@grafana/scenes';
+import { SceneQueryRunner, sceneGraph, sceneUtils } from '@grafana/scenes';
 import { GlobalStyles, LinkButton, PortalContainer } from '@grafana/ui';
 import { register } from './fields';
 import { PANELS } from './panels';
@@ -43,13 +43,20 @@ async function draw({ dashboard, prometheus, from, to, chosen, caption }: Asked)
               </LinkButton>
             ))}
           </div>
+          <div style={{ color: theme.colors.text.secondary, margin: '0 0 8px' }}>{caption}</div>
           <drawn.Component model={drawn} />
-          <div style={{ color: theme.colors.text.secondary, marginTop: 8 }}>{caption}</div>
         </div>
       </MemoryRouter>
       <PortalContainer />
     </ThemeContext.Provider>
   );
+
+  (window as any).isDrawn = () => asked(drawn).every((query) => query.state.data?.state === 'Done');
+  (window as any).faults = () =>
+    asked(drawn).flatMap((query) => (query.state.data?.errors ?? []).map((error) => error.message));
 }
+
+const asked = (drawn: any) =>
+  sceneGraph.findAllObjects(drawn, (one) => one instanceof SceneQueryRunner) as SceneQueryRunner[];
 
 (window as any).draw = draw;

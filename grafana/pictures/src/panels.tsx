@@ -8,6 +8,7 @@ import {
   PanelPlugin,
   PanelProps,
   VizOrientation,
+  cacheFieldDisplayNames,
   getDisplayValueAlignmentFactors,
   getFieldDisplayValues,
 } from '@grafana/data';
@@ -107,6 +108,8 @@ function TimeSeriesPanel(props: PanelProps) {
 
 function TablePanel(props: PanelProps) {
   const { data, options, width, height, timeRange, fieldConfig, structureRev } = props as any;
+  // The table's head and its order go by the names that overrides and transformations gave.
+  useMemo(() => cacheFieldDisplayNames(data.series), [data.series]);
   return isEmpty(props) ? (
     <Nothing {...props} />
   ) : (
@@ -115,7 +118,7 @@ function TablePanel(props: PanelProps) {
       width={width}
       height={height}
       noHeader={options.showHeader === false}
-      initialSortBy={options.sortBy}
+      sortBy={options.sortBy}
       cellHeight={options.cellHeight}
       timeRange={timeRange}
       fieldConfig={fieldConfig}

@@ -7,10 +7,9 @@ import {
   setPluginImportUtils,
   setRunRequest,
   setTemplateSrv,
-  config,
 } from '@grafana/runtime';
 import { sceneUtils } from '@grafana/scenes';
-import { from, map } from 'rxjs';
+import { catchError, from, map, of } from 'rxjs';
 import { Prometheus } from './prometheus';
 
 export async function start(url: string): Promise<void> {
@@ -32,12 +31,22 @@ export async function start(url: string): Promise<void> {
         series: answer.data,
         timeRange: request.range,
         request,
-      }))
+      })),
+      catchError((error) =>
+        of({
+          state: LoadingState.Error,
+          series: [],
+          timeRange: request.range,
+          request,
+          errors: [{ message: error.message }],
+        })
+      )
     )
   );
   setAppEvents(new EventBusSrv());
-  setTemplateSrv({ getVariables: () => [], replace: (text: string) => text, containsTemplate: () => false, updateTimeRange: () => {} } as any);
-  setPluginImportUtils({ importPanelPlugin: async () => undefined, getPanelPluginFromCache: () => undefined } as any);
+  setTemplateSrv({ getVariables: () => [], replace: (text: string) => text } as any);
+  // Panels are registered at the start, see panels.tsx.
+  setPluginImportUtils({ getPanelPluginFromCache: () => undefined } as any);
   // Some stand there under two names.
   const transformers = new Map(Object.values(standardTransformers).map((one: any) => [one.id, one]));
   standardTransformersRegistry.setInit(() =>
