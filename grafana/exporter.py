@@ -215,4 +215,6 @@ DASHBOARD = Dashboard(
     many tasks it is known whose the number is, what was lost, and what measuring costs.""",
     (STATS, SOURCES, LOSSES, COST),
     prefix="none",
+    since="now-6h",
+    refresh="1m",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from string import ascii_uppercase
 from typing import Any
@@ -13,7 +14,7 @@ from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as model
 
 from grafana import kinds, promql
-from grafana.flavours import Flavour, NoInstrument, expand
+from grafana.flavours import OTLP, Flavour, NoInstrument, expand
 from grafana.kinds import Asked, Link
 from grafana.panels import PREFIX, Dashboard, Heatmap, Lines, Panel, Query, Stat, Table
 from grafana.variables import DATASOURCE, carried, variables
@@ -55,7 +56,7 @@ class Factory:
             .description(" ".join(what.description.split()))
             .tags(["dask", "dask-memusage"])
             .time(what.since, "now")
-            .refresh("1m")
+            .refresh(what.refresh)
             .timezone(options.TimeZoneBrowser)
             .tooltip(model.DashboardCursorSync.CROSSHAIR)
             .editable()
@@ -114,6 +115,12 @@ class Factory:
 
     def _panel(self, one: Panel) -> Any:
         """Return a panel's builder; None where this flavour has not its series."""
+        if self._flavour is OTLP:
+            # All of a task's are workers' there, and they are not scraped.
+            one = one._replace(
+                title=one.title.replace(" (worker series)", ""),
+                description=re.sub(r"\s+Empty:.*", "", one.description, flags=re.DOTALL),
+            )
         if isinstance(one, Heatmap):
             buckets = promql.gained(f"<{one.histogram}_bucket>")
             asked = self._queries([Query(f"sum by (le) ({buckets})", "{{le}}", one.exemplar)])

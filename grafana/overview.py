@@ -31,6 +31,11 @@ OF_THE_LIMIT = by_prefix(
     f"max_over_time({_MAX}[$__range]) / ignoring (task_prefix_name) group_left () "
     f"last_over_time({_LIMIT}[$__range])",
 )
+#: What each peak left of the limit.
+_HEADROOM = (
+    f"last_over_time({_LIMIT}[$__range]) - ignoring (task_prefix_name) group_right () "
+    f"max_over_time({_MAX}[$__range])"
+)
 TASKS = by_prefix("sum", in_range("<task_memory_tasks_total>"))
 _OWN = by_prefix("sum", in_range('<task_memory_tasks_total{scope!="shared"}>'))
 #: Share of tasks whose growth is known.
@@ -75,7 +80,17 @@ STATS = Row(
             width=3,
         ),
         Stat(
-            "Largest peak of the limit",
+            "Headroom",
+            """What the largest peak left below the limit of its workers, at the least. Little or
+            below zero: the next larger input is killed. Give workers more memory or fewer threads,
+            or make chunks smaller; take memory away from workers only by this.""",
+            (Query(f"min({_HEADROOM})"),),
+            "bytes",
+            no_value="no limit",
+            width=3,
+        ),
+        Stat(
+            "Peak of limit",
             """How near the limit the largest peak came. Dask pauses a worker at 80 % and kills it
             at 95 %. Orange or red: see in the table below whose it is, then give workers more
             memory or fewer threads, or make its inputs smaller.""",
@@ -120,14 +135,6 @@ STATS = Row(
             no_value="no worker now",
             width=3,
         ),
-        Stat(
-            "Tasks in __overflow__",
-            """Tasks whose prefix has no label of its own, shown as __overflow__. Many: raise
-            memusage.max-prefixes, or allow only the prefixes that matter.""",
-            (Query(f"sum({in_range('<task_memory_overflow_tasks_total>')})"),),
-            decimals=0,
-            width=3,
-        ),
     ),
 )
 
@@ -155,7 +162,7 @@ COSTS = Row(
                 Column("p50 peak (est.)", quantile(0.5, PEAK), "bytes"),
                 Column("p95 peak (est.)", quantile(0.95, PEAK), "bytes"),
                 Column("Max peak", MAXIMUM, "bytes"),
-                Column("Max of limit", OF_THE_LIMIT, "percentunit", OF_LIMIT, decimals=0),
+                Column("Of limit", OF_THE_LIMIT, "percentunit", OF_LIMIT, decimals=0),
                 Column("Mean growth", mean(GROWTH), "bytes"),
                 Column("Growth known", KNOWN, "percentunit", decimals=0),
                 Column(
@@ -207,13 +214,6 @@ OVER_TIME = Row(
             drill=True,
         ),
         Lines(
-            "p95 of peaks by prefix (estimate)",
-            """Within its bucket, so at most half too high or a third too low. Size workers by the
-            maximum, chunks by this.""",
-            (Query(quantile(0.95, PEAK, "gained"), "{{task_prefix_name}}"),),
-            drill=True,
-        ),
-        Lines(
             "Tasks ended by prefix",
             "How many tasks each step's other panels speak of. Few tasks make quantiles jump.",
             (
@@ -224,6 +224,7 @@ OVER_TIME = Row(
             ),
             "short",
             bars=True,
+            width=24,
         ),
     ),
 )

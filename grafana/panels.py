@@ -146,4 +146,6 @@ class Dashboard(NamedTuple):
     prefix: str = "many"
     #: Whether it compares with the time before.
     baseline: bool = False
+    #: The time range, and how often it is asked for again: a day of buckets is work.
     since: str = "now-24h"
+    refresh: str = "5m"

@@ -86,10 +86,16 @@ class DataSource:
         """Return what a query variable offers."""
         (found,) = (one for one in dashboard["templating"]["list"] if one["name"] == name)
         query = self._put_in(found["query"]["query"], dashboard)
-        match = re.fullmatch(r"label_values\((.*), (\w+)\)", query)
+        if match := re.fullmatch(r"label_values\((.*), (\w+)\)", query):
+            arguments = {"match[]": match[1], "start": self.start - 3600, "end": self.end}
+            return self.ask(f"label/{match[2]}/values", **arguments)
+        match = re.fullmatch(r"query_result\((.*)\)", query)
         assert match, query
-        arguments = {"match[]": match[1], "start": self.start - 3600, "end": self.end}
-        return self.ask(f"label/{match[2]}/values", **arguments)
+        texts = [
+            "{" + ",".join(f'{label}="{value}"' for label, value in one["metric"].items()) + "} 1"
+            for one in self.ask("query", query=match[1], time=self.end, nocache=1)["result"]
+        ]
+        return [re.search(found["regex"].strip("/"), text)[1] for text in texts]
 
     def run(self, dashboard: Mapping[str, Any], target: Target) -> list[Series]:
         """Return the series of a query that are numbers somewhere."""

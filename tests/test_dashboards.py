@@ -226,6 +226,17 @@ def test_otlp_names_are_the_instruments() -> None:
     assert used <= ours
 
 
+def test_panels_of_worker_series_are_titled_so() -> None:
+    """Where it is scraped: those whose queries have a worker's metric, and no others."""
+    for name, dashboard in ALL.items():
+        if name.startswith("scrape"):
+            of_workers = {t.panel for t in targets(dashboard) if "dask_worker_" in t.expr}
+            titled = {p["title"] for p in panels(dashboard) if "(worker series)" in p["title"]}
+            assert of_workers == titled
+        else:
+            assert "(worker series)" not in json.dumps(dashboard)
+
+
 @pytest.mark.parametrize("namespace", ["acme", ""])
 def test_another_namespace_is_followed_everywhere(namespace: str) -> None:
     """No metric in JSON or rules begins with dask_ where the namespace is another."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-promql = pytest.importorskip("grafana.promql", reason="grafana-foundation-sdk wants Python 3.11")
+from grafana import promql
 
 #: Seconds between two scrapes.
 EVERY = 15
