@@ -31,7 +31,8 @@ type Partly<T> = T extends (infer One)[]
     : T;
 
 interface Kinds {
-  heatmap: { options: Heatmap.Options; custom: Heatmap.FieldConfig };
+  // Grafana 10 shows a tooltip where it says so; newer ones do by default.
+  heatmap: { options: Heatmap.Options & { tooltip: { show?: boolean } }; custom: Heatmap.FieldConfig };
   stat: { options: Stat.Options; custom: never };
   table: { options: Table.Options; custom: Table.FieldConfig };
   text: { options: Text.Options; custom: never };
