@@ -45,9 +45,8 @@ def generated(root: Path = ROOT) -> dict[str, str]:
         made[f"{folder}/{name}"] = monitoring.fill(text, "dask")
     made["grafana/rules/dask-memusage.yaml"] = rules.rules("dask")
     if (root / CHART).is_dir():
-        # Its dashboards are for what it lets Prometheus scrape.
         for path, text in templates():
-            if path.startswith("dashboards/scrape/"):
-                made[f"{CHART}/files/dashboards/{Path(path).name}"] = text
-        made[f"{CHART}/files/rules.yaml"] = (root / PACKAGE / "rules.yaml").read_text()
+            made[f"{CHART}/files/{path}"] = text
+        for name in ("rules.yaml", "thresholds.yaml"):
+            made[f"{CHART}/files/{name}"] = (root / PACKAGE / name).read_text()
     return made

@@ -65,6 +65,9 @@ class DataSource:
         Of variables; a list is one of many values. What is missing is at its default.
     """
 
+    #: How many steps a graph has; the time range is that many whole seconds, or a multiple.
+    STEPS = 4
+
     def __init__(self, url: str, start: float, end: float, **values: str | list[str]) -> None:
         self.url = url
         self.start, self.end = start, end
@@ -132,7 +135,7 @@ class DataSource:
     @property
     def step(self) -> int:
         """The seconds between two points of a graph."""
-        return max(1, int(self.end - self.start) // 10)
+        return int(self.end - self.start) // self.STEPS
 
     def _put_in(self, text: str, dashboard: Mapping[str, Any]) -> str:
         values = {
