@@ -91,15 +91,17 @@ class Factory:
             .type(model.DashboardLinkType.LINK)
             .icon("dashboard")
             .tooltip(title)
-            .url(f"/d/{self._flavour.uid}-{slug}")
-            .include_vars(True)
+            # All variables but the prefix: "All" is no prefix, and one is not the overview.
+            .url(f"/d/{self._flavour.uid}-{slug}?{carried(self._what, self._flavour)}")
+            .include_vars(False)
             .keep_time(True)
         )
 
     @property
     def _drill(self) -> Link:
         """The link to a prefix's dashboard, with all variables and the time range."""
-        url = f"/d/{self._flavour.uid}-{_DRILL}?{carried(self._what, self._flavour)}&var-prefix="
+        chosen = carried(self._what, self._flavour)
+        url = f"/d/{self._flavour.uid}-{_DRILL}?{chosen}&${{__url_time_range}}&var-prefix="
         label = self._flavour.label("task_prefix_name")
         sources = (f"${{__field.labels.{label}}}", f'${{__data.fields["{PREFIX[1]}"]}}')
         return Link(*([{"title": "This task prefix", "url": url + one}] for one in sources))

@@ -162,7 +162,7 @@ COSTS = Row(
                 Column("p50 peak (est.)", quantile(0.5, PEAK), "bytes"),
                 Column("p95 peak (est.)", quantile(0.95, PEAK), "bytes"),
                 Column("Max peak", MAXIMUM, "bytes"),
-                Column("Of limit", OF_THE_LIMIT, "percentunit", OF_LIMIT, decimals=0),
+                Column("Max of limit", OF_THE_LIMIT, "percentunit", OF_LIMIT, decimals=0),
                 Column("Mean growth", mean(GROWTH), "bytes"),
                 Column("Growth known", KNOWN, "percentunit", decimals=0),
                 Column(

@@ -78,7 +78,7 @@ STATS = Row(
             width=3,
         ),
         Stat(
-            "Of limit",
+            "Max of limit",
             """How near the limit of its workers the largest peak came. Dask pauses a worker at
             80 % and kills it at 95 %: from orange on make chunks smaller, or workers larger.""",
             (Query(OF_THE_LIMIT),),

@@ -81,9 +81,9 @@ def variables(what: Dashboard, flavour: Flavour) -> Iterator[Builder[model.Varia
 
 
 def carried(what: Dashboard, flavour: Flavour) -> str:
-    """Return the variables and the time range as a link to another dashboard carries them."""
+    """Return all variables but the prefix, as a link to another dashboard carries them."""
     names = ["datasource", *flavour.selectors, *(["baseline"] if what.baseline else [])]
-    return "&".join([*(f"${{{name}:queryparam}}" for name in names), "${__url_time_range}"])
+    return "&".join(f"${{{name}:queryparam}}" for name in names)
 
 
 def _query(name: str, title: str, description: str, query: str) -> dashboard.QueryVariable:

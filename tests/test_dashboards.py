@@ -169,14 +169,13 @@ def test_links_lead_to_dashboards_that_are_there(dashboard: dict[str, Any]) -> N
     }
     linked = set(re.findall(r"/d/([\w-]+)", text))
     assert linked == uids - {dashboard["uid"]} if dashboard["links"] else False
-    for link in dashboard["links"]:
-        assert link["includeVars"]
-        assert link["keepTime"]
-    for url in re.findall(r'"url": "(/d/[^"]*var-prefix[^"]*)"', text):
-        assert "${__url_time_range}" in url
-        for variable in dashboard["templating"]["list"]:
-            if variable["name"] != "prefix":
-                assert f"${{{variable['name']}:queryparam}}" in url
+    pages = [link["url"] for link in dashboard["links"]]
+    assert all(link["keepTime"] for link in dashboard["links"])
+    prefixes = re.findall(r'"url": "(/d/[^"]*var-prefix[^"]*)"', text)
+    assert all("${__url_time_range}" in url for url in prefixes)
+    chosen = {one["name"] for one in dashboard["templating"]["list"]} - {"prefix"}
+    for url in pages + prefixes:
+        assert set(re.findall(r"\$\{(\w+):queryparam\}", url)) == chosen
 
 
 def test_prefixes_lead_to_their_dashboard() -> None:
@@ -227,6 +226,22 @@ def test_otlp_names_are_the_instruments() -> None:
     used = set().union(*(names(one) for name, one in ALL.items() if name.startswith("otlp")))
     assert used
     assert used <= ours
+
+
+def test_no_label_of_ours_is_one_of_targets() -> None:
+    """What monitors put on every series of a pod is not renamed ``exported_`` for our sake."""
+    targets_own = {
+        "namespace",
+        "pod",
+        "container",
+        "node",
+        "service",
+        "endpoint",
+        "job",
+        "instance",
+    }
+    ours = {label for spec in catalog.METRICS for label in spec.labels}
+    assert not ours & {*targets_own, "dask_cluster", "version", "le", "quantile"}
 
 
 def test_panels_of_worker_series_are_titled_so() -> None:

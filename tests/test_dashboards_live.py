@@ -275,7 +275,7 @@ def test_panels_say_what_the_csv_says(job: Job, whose: str) -> None:
     assert costs("Max peak") == max(peaks)
     assert costs("Mean growth") == pytest.approx(sum(growths) / len(growths))
     assert costs("Growth known") == pytest.approx(len(growths) / len(load))
-    assert costs("Of limit") == pytest.approx(max(peaks) / 2**30)
+    assert costs("Max of limit") == pytest.approx(max(peaks) / 2**30)
     assert look.column(overview, "Headroom") == {"": 2**30 - max(peaks)}
     for share, name in ((0.5, "p50 peak (est.)"), (0.95, "p95 peak (est.)")):
         low, high = bucket(peaks[math.ceil(share * len(peaks)) - 1])
