@@ -50,7 +50,7 @@ TABLE = Table(
         ),
     ),
     ("Last killed", "Killed"),
-    no_value="-",
+    no_value="none",
     width=14,
     height=9,
 )

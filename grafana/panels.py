@@ -6,6 +6,7 @@ not is left out, and so is a panel that has no query left.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from dask_memusage_exporter.monitoring import rules
@@ -97,6 +98,8 @@ class Column(NamedTuple):
     thresholds: Thresholds | None = None
     decimals: int | None = None
     width: int | None = None
+    #: Texts in place of values, as Grafana has them.
+    mappings: tuple[Mapping[str, object], ...] = ()
 
 
 class Ratio(NamedTuple):

@@ -50,14 +50,27 @@ export class Prometheus extends RuntimeDataSource {
     return { data: answers.flat(), state: 'Done' as any };
   }
 
-  // label_values(series, label) is all that our variables ask.
+  // What our variables ask: label_values(series, label) and query_result(expression).
   async metricFindQuery(query: any, options: any): Promise<MetricFindValue[]> {
-    const text = this.interpolate(query.query ?? query, options.scopedVars);
+    const { from, to } = options.range;
+    const text = this.interpolate(query.query ?? query, {
+      ...options.scopedVars,
+      ...ranges(to.diff(from)),
+    });
+    const asked = /^query_result\((.*)\)$/s.exec(text);
+    if (asked) {
+      const { result } = await this.get('query', { query: asked[1], time: to.unix() });
+      return result.map((one: Series) => {
+        const { __name__, ...labels } = one.metric;
+        const pairs = Object.entries(labels).map(([label, said]) => `${label}="${said}"`);
+        return { text: `${__name__ ?? ''}{${pairs.join(',')}} ${one.value!.toReversed().join(' ')}` };
+      });
+    }
     const [, series, label] = /^label_values\((.*),\s*(\w+)\)$/s.exec(text)!;
     const found = await this.get(`label/${label}/values`, {
       'match[]': series,
-      start: options.range.from.unix(),
-      end: options.range.to.unix(),
+      start: from.unix(),
+      end: to.unix(),
     });
     return found.map((value: string) => ({ text: value }));
   }
@@ -69,11 +82,9 @@ export class Prometheus extends RuntimeDataSource {
 
   private async ask(query: Query, request: DataQueryRequest, several: boolean): Promise<DataFrame[]> {
     const { from, to } = request.range;
-    const seconds = Math.round(to.diff(from) / 1000);
     const expr = this.interpolate(query.expr, {
       ...request.scopedVars,
-      __range: { value: `${seconds}s` },
-      __range_s: { value: seconds },
+      ...ranges(to.diff(from)),
       __rate_interval: { value: `${Math.max(request.intervalMs / 1000 + 1, 4)}s` },
     });
     if (query.instant) {
@@ -104,6 +115,11 @@ export class Prometheus extends RuntimeDataSource {
     }
     return data;
   }
+}
+
+function ranges(milliseconds: number): ScopedVars {
+  const seconds = Math.round(milliseconds / 1000);
+  return { __range: { value: `${seconds}s` }, __range_s: { value: seconds } };
 }
 
 const points = (series: Series) => series.values ?? [series.value!];
