@@ -66,8 +66,8 @@ STATS = Row(
         Stat(
             "Largest peak",
             """The highest resident memory of any worker process while a task ran, children
-            included: everybody's in that process where tasks overlap. Compare with the worker
-            limit.""",
+            included: everybody's in that process where tasks overlap. It may be from up to 10
+            minutes before the range (memusage.maximum-window). Compare with the worker limit.""",
             (Query(f"max(max_over_time({_MAX}[$__range]))"),),
             "bytes",
             width=3,

@@ -69,8 +69,8 @@ STATS = Row(
         ),
         Stat(
             "Max peak",
-            """The largest peak, exact. Worker memory must be above this, with what else the worker
-            keeps.""",
+            """The largest peak, exact; it may be from up to 10 minutes before the range
+            (memusage.maximum-window). Worker memory must be above it, or its tasks are killed.""",
             (Query(MAXIMUM),),
             "bytes",
             width=3,

@@ -92,7 +92,7 @@ def _query(name: str, title: str, description: str, query: str) -> dashboard.Que
         .label(title)
         .description(description)
         .datasource(DATASOURCE)
-        .query({"query": query, "refId": f"variable-{name}"})
+        .query({"query": query, "refId": "PrometheusVariableQueryEditor-VariableQuery"})
         .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(model.VariableSort.ALPHABETICAL_ASC)
     )

@@ -162,3 +162,16 @@ class Promtool:
         (self._directory / "rules.yaml").write_text(rules(given={"step": every, **self._given}))
         (self._directory / "test.yaml").write_text(json.dumps(whole))  # JSON is YAML
         self.run("test", "rules", str(self._directory / "test.yaml"))
+
+
+def says(
+    alert: str, time: str, summary: str, description: str, severity: str, **labels: str
+) -> dict[str, Any]:
+    """Return what promtool takes as the only alert of a name at a time, with all that it says."""
+    annotations = {
+        "summary": summary,
+        "description": description,
+        "runbook_url": f"docs/runbooks/{alert}.md",
+    }
+    one = {"exp_labels": {"severity": severity, **labels}, "exp_annotations": annotations}
+    return {"alertname": alert, "eval_time": time, "exp_alerts": [one]}

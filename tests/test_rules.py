@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ RUNBOOKS = ROOT / "docs" / "runbooks"
 TEMPLATE = (MONITORING / "rules.yaml").read_text()
 
 
-def groups(*args: Any) -> list[dict[str, Any]]:
+@cache
+def groups() -> list[dict[str, Any]]:
     """Return the rules of all groups, parsed."""
-    return [rule for group in yaml.safe_load(rules(*args))["groups"] for rule in group["rules"]]
+    return [rule for group in yaml.safe_load(rules())["groups"] for rule in group["rules"]]
 
 
 @pytest.mark.parametrize(

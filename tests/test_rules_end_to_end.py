@@ -19,6 +19,7 @@ from dask_memusage_exporter.monitoring.rules import rules
 from tests import tasks
 from tests.conftest import wait_until
 from tests.servers import Prometheus, Servers, free_port
+from tests.tasks import Gate
 
 #: The windows of a day and a week, in seconds.
 SHORT = {
@@ -98,7 +99,7 @@ def run(client: Client, mib: int, number: int) -> None:
 
 
 def test_a_regression_and_a_kill_reach_the_webhook(
-    component: Callable[[str], str], tmp_path: Path
+    component: Callable[[str], str], go: Gate, tmp_path: Path
 ) -> None:
     """Tasks that take twice the memory fire, with the figures, and resolve; a kill fires."""
     programs = {name: component(name) for name in ("prometheus", "prometheus-alertmanager")}
@@ -147,12 +148,18 @@ def test_a_regression_and_a_kill_reach_the_webhook(
         assert fired["annotations"]["summary"].startswith("Tasks load need 100 % more memory")
 
         pid = servers.client.submit(os.getpid).result()
-        future = servers.client.submit(tasks.sleep, 600, key="sleeper-0", pure=False)
-        wait_until(lambda: future.key in str(servers.client.processing()), what="it runs")
+        future = servers.client.submit(tasks.wait_for, go.path, key="waiter-0", pure=False)
+        wait_until(lambda: go.reached, what="it runs")
         os.kill(pid, signal.SIGKILL)
         killed = wait_until(lambda: alert("DaskTaskKilled", "firing"), what=f"a kill in {sent}")
-        assert killed["labels"]["task_prefix_name"] == "sleeper"
+        assert killed["labels"]["task_prefix_name"] == "waiter"
         assert killed["labels"]["cause"] == "signal"
         assert alert("DaskTaskKilledForMemory", "firing") is None
+        # Nothing else fires; and Dask's own series are there, with the labels that ours have.
+        others = '{alertstate="firing",alertname!~"DaskTaskMemoryRegression|DaskTaskKilled"}'
+        assert prometheus.query(f"ALERTS{others}") == []
+        schedulers = "sum without (state) (dask_scheduler_workers)"
+        info = "sum without (exporter_version, source) (dask_scheduler_task_memory_exporter_info)"
+        assert prometheus.query(f"count({schedulers} and {info})") == [1]
         future.cancel()
         wait_until(lambda: alert("DaskTaskMemoryRegression", "resolved"), what="it resolves")

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.promtool import Phase, Promtool, Scrapes
+from tests.promtool import Phase, Promtool, Scrapes, says
 
 GIB = 2**30
 KILLED, FOR_MEMORY = "DaskTaskKilled", "DaskTaskKilledForMemory"
-PAGE = "docs/runbooks"
 
 
 @pytest.fixture
@@ -51,24 +50,17 @@ def test_a_peak_near_the_limit_and_its_recovery(promtool: Callable[..., Promtool
         )  # fmt: skip
         scrapes.add("task_memory_worker_limit_bytes", [limit] * 60, instance=instance)
     fires = {"9m": [], "11m": ["load"], "19m": ["load"], "21m": [], "60m": []}
-    text = {
-        "summary": "A worker was at 95 % of its memory limit while load ran.",
-        "description": "the process that ran load peaked at 95 % of the smallest worker's limit "
-        "within the last minutes. At 95 % the nanny kills it, unless set otherwise. "
-        "Where tasks overlap the peak is everybody's.",
-        "runbook_url": f"{PAGE}/DaskTaskMemoryNearWorkerLimit.md",
-    }
-    labels = {"task_prefix_name": "load", "severity": "warning"}
-    promtool().check(
-        scrapes, every="1m", firing={"DaskTaskMemoryNearWorkerLimit": fires},
-        texts=[
-            {
-                "alertname": "DaskTaskMemoryNearWorkerLimit",
-                "eval_time": "15m",
-                "exp_alerts": [{"exp_labels": labels, "exp_annotations": text}],
-            }
-        ],
+    near_limit = says(
+        "DaskTaskMemoryNearWorkerLimit", "15m",
+        "A worker was at 95 % of its memory limit while load ran.",
+        "the process that ran load peaked at 95 % of the smallest worker's limit within the "
+        "last minutes. At 95 % the nanny kills it, unless set otherwise. Where tasks overlap the "
+        "peak is everybody's.",
+        "warning", task_prefix_name="load",
     )  # fmt: skip
+    promtool().check(
+        scrapes, every="1m", firing={"DaskTaskMemoryNearWorkerLimit": fires}, texts=[near_limit]
+    )
     no = {"DaskTaskMemoryNearWorkerLimit": {"15m": []}}
     promtool(near_limit_percent=96).check(scrapes, every="1m", firing=no)
 
@@ -80,30 +72,21 @@ def test_the_first_kill_fires(promtool: Callable[..., Promtool]) -> None:
     killed(scrapes, "once", at=[600], memory=[1], begin="10m", instance="10.0.0.2:8787")
     killed(scrapes, "never", at=[None] * 40)
     fires = {"9m": [], "11m": ["known", "once"], "69m": ["known", "once"], "71m": []}
-    text = {
-        "summary": "A worker was killed for memory while it ran once.",
-        "description": "a worker was killed for memory with a task once executing. The last peak "
-        "of the process that was seen before: 7.5GiB. Which task it was stands in the "
-        "scheduler's log and in its events.",
-        "runbook_url": f"{PAGE}/{FOR_MEMORY}.md",
-    }
-    labels = {"task_prefix_name": "once", "severity": "critical"}
-    known = {name: value.replace("once", "known") for name, value in text.items()}
+    once, known = (
+        says(
+            FOR_MEMORY, "12m",
+            f"A worker was killed for memory while it ran {prefix}.",
+            f"a worker was killed for memory with a task {prefix} executing. The last peak that "
+            "was seen of such a process before it died: 7.5GiB. Which task it was stands in the "
+            "scheduler's log and in its events.",
+            "critical", task_prefix_name=prefix,
+        )
+        for prefix in ("once", "known")
+    )  # fmt: skip
+    once["exp_alerts"] += known["exp_alerts"]
     promtool().check(
-        scrapes, every="1m", firing={FOR_MEMORY: fires, KILLED: {time: [] for time in fires}},
-        texts=[
-            {
-                "alertname": FOR_MEMORY,
-                "eval_time": "12m",
-                "exp_alerts": [
-                    {"exp_labels": labels, "exp_annotations": text},
-                    {
-                        "exp_labels": {**labels, "task_prefix_name": "known"},
-                        "exp_annotations": known,
-                    },
-                ],
-            }
-        ],
+        scrapes, every="1m",
+        firing={FOR_MEMORY: fires, KILLED: {time: [] for time in fires}}, texts=[once],
     )  # fmt: skip
 
 
@@ -122,6 +105,17 @@ def test_the_memory_alert_is_for_memory_alone(promtool: Callable[..., Promtool])
             FOR_MEMORY: {"30m": ["both"], "2h": [], "2h40m": [], "3h": []},
             KILLED: {"30m": [], "2h": [], "2h40m": ["both"], "3h": ["both"]},
         },
+        texts=[
+            says(
+                KILLED, "3h",
+                "A worker died while it ran both (cause: lost).",
+                "a worker died with a task both executing; nobody saw how, which in Kubernetes may "
+                "be memory too (OOMKilled). The last peak that was seen of such a process before "
+                "it died: 7.5GiB. Which task it was stands in the scheduler's log and in its "
+                "events.",
+                "warning", task_prefix_name="both", cause="lost",
+            )
+        ],
     )  # fmt: skip
 
 
@@ -162,7 +156,14 @@ def test_silence(promtool: Callable[..., Promtool]) -> None:
     scrapes.add("task_memory_workers", [3] * 60, source="missing", instance="b:1")
     scrapes.add("task_memory_last_report_timestamp_seconds", [0] * 60, instance="b:1")
     fires = {"12m": [], "16m": [""], "19m": [""], "21m": []}
-    promtool().check(scrapes, every="1m", firing={"DaskMemusageSilent": fires})
+    silent = says(
+        "DaskMemusageSilent", "16m",
+        "No measured worker reports.",
+        "Measured workers are connected, and the last heartbeat of any is 6m 30s old: what tasks "
+        "need now is not seen.",
+        "warning",
+    )  # fmt: skip
+    promtool().check(scrapes, every="1m", firing={"DaskMemusageSilent": fires}, texts=[silent])
 
 
 def test_schedulers_and_workers_without_the_exporter(promtool: Callable[..., Promtool]) -> None:
@@ -182,14 +183,22 @@ def test_schedulers_and_workers_without_the_exporter(promtool: Callable[..., Pro
             "DaskMemusageAbsent": {"14m": [], "16m": [""]},
             "DaskMemusageWorkersMissing": {"24m": [], "26m": [""]},
         },
-        queries={
-            'ALERTS{alertname="DaskMemusageAbsent",alertstate="firing"}': {
-                "16m": {
-                    'ALERTS{alertname="DaskMemusageAbsent",alertstate="firing",'
-                    'dask_cluster="b:1",severity="info"}': 1
-                }
-            }
-        },
+        texts=[
+            says(
+                "DaskMemusageAbsent", "16m",
+                "A scheduler of b:1 runs without the exporter.",
+                "1 scheduler(s) show Dask's own metrics and none of dask_memusage_exporter: no "
+                "task is measured there, and none of its other alerts can fire.",
+                "info", dask_cluster="b:1",
+            ),
+            says(
+                "DaskMemusageWorkersMissing", "26m",
+                "Workers of a:1 are not measured.",
+                "1 connected worker(s) cannot measure their tasks: the package is not in their "
+                "environment, or it could not start there.",
+                "warning", dask_cluster="a:1",
+            ),
+        ],
     )  # fmt: skip
 
 
@@ -202,7 +211,7 @@ def test_losses_and_errors(promtool: Callable[..., Promtool]) -> None:
         scrapes.add("task_memory_dropped_records_total", values, begin, **labels)
 
     lost("few", [0] * 60 + [10] * 120)
-    lost("many", [5] * 60 + [16] * 120)
+    lost("many", [5] * 60 + [17] * 120)
     lost("once", [11], begin="1h")
     lost("anew", [50] * 10 + [0] * 50 + [11] * 120)
     for stage, values in (("csv", [0] * 60 + [1] * 120), ("export", [0] * 180)):
@@ -212,20 +221,26 @@ def test_losses_and_errors(promtool: Callable[..., Promtool]) -> None:
     promtool().check(
         scrapes, every="1m",
         firing={"DaskMemusageErrors": {"59m": [], "61m": [""], "119m": [""], "121m": []}},
-        queries={
-            dropped: {"61m": firing, "2h1m": {}},
-            'ALERTS{alertname="DaskMemusageErrors"}': {
-                "61m": {
-                    'ALERTS{alertname="DaskMemusageErrors",alertstate="firing",'
-                    'severity="warning",stage="csv"}': 1
-                }
-            },
-        },
+        queries={dropped: {"61m": firing, "2h1m": {}}},
+        texts=[
+            says(
+                "DaskMemusageErrors", "61m",
+                "The exporter has errors of its own (csv).",
+                "1 errors lately at stage csv. No task was affected; what the stage does is "
+                "missing for each.",
+                "warning", stage="csv",
+            )
+        ],
     )  # fmt: skip
     errors = {"DaskMemusageErrors": {"61m": []}}
-    promtool(errors=1, dropped_records=11).check(
-        scrapes, every="1m", firing=errors, queries={dropped: {"61m": {}}}
-    )
+    only = says(
+        "DaskMemusageRecordsDropped", "61m",
+        "Records of tasks of many were lost (queue_full).",
+        "12 records were lost lately, reason queue_full: those tasks are in no total, or not in "
+        "the CSV or trace that the reason names.",
+        "warning", dask_cluster="many", reason="queue_full",
+    )  # fmt: skip
+    promtool(errors=1, dropped_records=11).check(scrapes, every="1m", firing=errors, texts=[only])
 
 
 def test_tasks_without_a_number_or_a_label_of_their_own(
@@ -243,13 +258,19 @@ def test_tasks_without_a_number_or_a_label_of_their_own(
         prefix = str(what.pop("prefix", "load"))
         phase = Phase("30m", **what)  # type: ignore[arg-type]
         scrapes.scheduler(phase, prefix=prefix, dask_cluster=cluster, instance=cluster)
-    names = ("DaskTaskMemoryMostlyShared", "DaskMemusagePrefixOverflow")
-    promtool().check(
-        scrapes, every="1m",
-        queries={
-            f'count by (dask_cluster) (ALERTS{{alertname="{name}",alertstate="firing"}})': {
-                "3m": {}, "20m": {f'{{dask_cluster="{cluster}"}}': 1},
-            }
-            for name, cluster in zip(names, ("shared", "overflow"), strict=True)
-        },
+    shared = says(
+        "DaskTaskMemoryMostlyShared", "20m",
+        "Most tasks of shared have no growth of their own.",
+        "Of 95.0 % of the tasks of the last 1d it is not known what they added themselves (scope "
+        "shared); regressions are judged by the others only.",
+        "info", dask_cluster="shared",
     )  # fmt: skip
+    overflow = says(
+        "DaskMemusagePrefixOverflow", "20m",
+        "Many tasks of overflow have no label of their own.",
+        "100.0 % of the tasks of the last 1d count under __overflow__, beyond "
+        "memusage.max-prefixes or not wanted; nothing is judged of them.",
+        "info", dask_cluster="overflow",
+    )  # fmt: skip
+    too_few = {alert["alertname"]: {"3m": []} for alert in (shared, overflow)}
+    promtool().check(scrapes, every="1m", firing=too_few, texts=[shared, overflow])
