@@ -53,7 +53,8 @@ class Stat(NamedTuple):
     title: str
     description: str
     queries: tuple[Query, ...]
-    unit: str = "short"
+    #: A count is told in full: "short" makes 1 K of 1408.
+    unit: str = "locale"
     thresholds: Thresholds = PLAIN
     no_value: str = "none"
     decimals: int | None = None
@@ -94,7 +95,7 @@ class Column(NamedTuple):
 
     title: str
     expr: str
-    unit: str = "short"
+    unit: str = "locale"
     thresholds: Thresholds | None = None
     decimals: int | None = None
     width: int | None = None
