@@ -8,7 +8,7 @@ TEST_ARGS ?=
 TEST_WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-floor test-store lint bench docs dashboards clean
+.PHONY: demo test test-floor test-store lint bench docs dashboards pictures clean
 
 demo: $(VENV)/installed
 	$(BIN)/dask memusage demo $(DEMO_ARGS)
@@ -37,6 +37,12 @@ bench: $(VENV)/installed-test
 
 dashboards: $(VENV)/installed-dev
 	$(BIN)/python -m grafana
+
+# Needs Prometheus and Chromium, a Node with npm, and ten minutes; no part of the tests.
+pictures: $(VENV)/installed-pictures
+	npm ci --prefix grafana/pictures --legacy-peer-deps --ignore-scripts --no-audit --no-fund
+	npm run build --prefix grafana/pictures
+	$(BIN)/python -m grafana.pictures $(PICTURES_ARGS)
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py

@@ -16,6 +16,7 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana import kinds, promql
 from grafana.flavours import OTLP, Flavour, NoInstrument, expand
 from grafana.kinds import Asked, Link
+from grafana.newer import without_what_has_gone
 from grafana.panels import PREFIX, Dashboard, Heatmap, Lines, Panel, Query, Stat, Table
 from grafana.variables import DATASOURCE, carried, variables
 
@@ -81,7 +82,8 @@ class Factory:
                 made.with_panel(panel)
                 number, across, high = number + 1, across + one.width, max(high, one.height)
             down += high
-        return json.dumps(json.loads(JSONEncoder().encode(made.build())), indent=2) + "\n"
+        encoded = json.loads(JSONEncoder().encode(made.build()))
+        return json.dumps(without_what_has_gone(encoded), indent=2) + "\n"
 
     def _link(self, slug: str, title: str) -> dashboard.DashboardLink:
         return (

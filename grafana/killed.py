@@ -47,6 +47,7 @@ TABLE = Table(
             )
             + f" * 1000 {_LATELY}",
             "dateTimeAsIso",
+            width=160,
         ),
     ),
     ("Last killed", "Killed"),

@@ -25,6 +25,8 @@ _BORDER: Mapping[str, object] = {
     "custom.lineStyle": {"fill": "dash", "dash": [8, 8]},
     "color": {"mode": "fixed", "fixedColor": "red"},
 }
+#: By a value that is not there.
+_NO_RATIO = ({"type": "special", "options": {"match": "nan", "result": {"text": "-"}}},)
 
 
 class Asked(NamedTuple):
@@ -66,7 +68,8 @@ def lines(one: Lines, queries: Sequence[Asked], link: Link | None) -> Any:
     legend = (
         common.VizLegendOptions()
         .display_mode(options.LegendDisplayMode.TABLE)
-        .placement(options.LegendPlacement.BOTTOM)
+        # Below there is room for three.
+        .placement(options.LegendPlacement.RIGHT)
         .show_legend(True)
         .calcs(["sum"] if one.bars else ["lastNotNull", "max"])
         .sort_by("Total" if one.bars else "Max")
@@ -155,7 +158,7 @@ def table(one: Table, asked: Sequence[Asked], label: str, link: Link | None) -> 
     columns = [*shown]
     if one.ratio is not None:
         title, left, right, thresholds = one.ratio
-        columns.append(Column(title, "", "percentunit", thresholds, decimals=0))
+        columns.append(Column(title, "", "percentunit", thresholds, decimals=0, mappings=_NO_RATIO))
         steps["calculateField"] = {
             "mode": "binary",
             "alias": title,
@@ -175,6 +178,8 @@ def table(one: Table, asked: Sequence[Asked], label: str, link: Link | None) -> 
         .targets([query.target.instant().format(PromQueryFormat.TABLE) for query in asked])
         .sort_by(order[:1])
     )
+    # Without it a column takes 150 pixels, and the last ones are out of sight.
+    panel.override_by_regexp(".*", _properties({"custom.minWidth": 80}))
     for column in columns:
         panel.override_by_name(column.title, _properties(_cell(column)))
     if link is not None:
@@ -203,6 +208,8 @@ def _cell(column: Column) -> dict[str, object]:
         cell["decimals"] = column.decimals
     if column.width is not None:
         cell["custom.width"] = column.width
+    if column.mappings:
+        cell["mappings"] = list(column.mappings)
     if column.thresholds is not None:
         cell["thresholds"] = _thresholds(column.thresholds).build()
         cell["custom.cellOptions"] = {"type": "color-text"}

@@ -40,6 +40,9 @@ TASKS = by_prefix("sum", in_range("<task_memory_tasks_total>"))
 _OWN = by_prefix("sum", in_range('<task_memory_tasks_total{scope!="shared"}>'))
 #: Share of tasks whose growth is known.
 KNOWN = f"{_OWN} / ({TASKS} > 0)"
+_KILLED = by_prefix("sum", in_range("<task_memory_killed_tasks_total>"))
+#: Of prefixes that ran, and of those that were killed: none of them makes a row of a stranger.
+KILLED = f"({_KILLED} > 0 or {_KILLED} and on (task_prefix_name) {TASKS})"
 _SECONDS = by_prefix("sum", in_range("<dask:scheduler_tasks_compute_seconds_total>"))
 #: Of bytes and seconds, in the unit of bills.
 _GIB_HOUR = 2**30 * 3600
@@ -127,7 +130,7 @@ STATS = Row(
             width=3,
         ),
         Stat(
-            "Workers measured",
+            "Workers",
             """Connected workers by where their peaks come from, now. 'missing' ones run without the
             package: install it there.""",
             (Query("sum by (source) (<task_memory_workers>) > 0", "{{source}}"),),
@@ -167,7 +170,7 @@ COSTS = Row(
                 Column("Growth known", KNOWN, "percentunit", decimals=0),
                 Column(
                     "Killed",
-                    by_prefix("sum", in_range("<task_memory_killed_tasks_total>")),
+                    KILLED,
                     thresholds=NONE_IS_GOOD,
                     decimals=0,
                 ),
@@ -182,7 +185,7 @@ OVER_TIME = Row(
     (
         Heatmap(
             "Peaks of all tasks",
-            """How many tasks had which peak: the darker, the more. A band that climbs is a job that
+            """How many tasks had which peak, by the colours below. A band that climbs is a job that
             grows or workers that leak; one that comes near the limit is the next kill. Click a
             prefix in the table to see its own.""",
             PEAK,

@@ -6,6 +6,7 @@ not is left out, and so is a panel that has no query left.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from dask_memusage_exporter.monitoring import rules
@@ -52,7 +53,8 @@ class Stat(NamedTuple):
     title: str
     description: str
     queries: tuple[Query, ...]
-    unit: str = "short"
+    #: A count is told in full: "short" makes 1 K of 1408.
+    unit: str = "locale"
     thresholds: Thresholds = PLAIN
     no_value: str = "none"
     decimals: int | None = None
@@ -93,10 +95,12 @@ class Column(NamedTuple):
 
     title: str
     expr: str
-    unit: str = "short"
+    unit: str = "locale"
     thresholds: Thresholds | None = None
     decimals: int | None = None
     width: int | None = None
+    #: Texts in place of values, as Grafana has them.
+    mappings: tuple[Mapping[str, object], ...] = ()
 
 
 class Ratio(NamedTuple):

@@ -39,9 +39,7 @@ def _statistics(over: str, maximum: str) -> str:
         "input, mean": mean(_INPUT, over, ""),
     }
     return " or ".join(
-        # Without the filter a quantile of no task would be a NaN.
-        f'label_replace({expr} >= 0, "statistic", "{name}", "", "")'
-        for name, expr in rows.items()
+        f'label_replace({expr}, "statistic", "{name}", "", "")' for name, expr in rows.items()
     )
 
 
@@ -108,7 +106,7 @@ STATS = Row(
             width=3,
         ),
         Stat(
-            "Mean growth changed",
+            "Growth changed",
             """Mean growth in the time range against that before it, in clusters seen in the time
             called Baseline. Red: as much as makes an alert; see below whether inputs grew, too.""",
             (Query(f"{mean(GROWTH)} / ({mean(GROWTH, 'before')}) - 1"),),
@@ -135,7 +133,7 @@ SPREAD = Row(
     (
         Heatmap(
             "Peaks",
-            """How many of its tasks had which peak: the darker, the more. Two bands are two kinds
+            """How many of its tasks had which peak, by the colours below. Two bands are two kinds
             of input under one name. Diamonds are single tasks: click one to open its trace
             (exemplars; they need spans and a scrape of /memusage/metrics).""",
             PEAK,
@@ -189,7 +187,7 @@ CHANGED = Row(
                 Column("Before", _BEFORE, "bytes"),
                 Column("In the time range", _NOW, "bytes"),
             ),
-            ("Statistic",),
+            (),
             Ratio("Beside before", "In the time range", "Before", BESIDE),
             width=12,
         ),

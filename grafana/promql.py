@@ -71,4 +71,5 @@ def quantile(
     """Return a quantile: an estimate within its bucket."""
     counted = {"in_range": in_range, "before": before, "gained": gained}[over]
     buckets = f"sum by ({', '.join(filter(None, ('le', by)))}) ({counted(f'<{histogram}_bucket>')})"
-    return f"histogram_quantile({share}, {buckets})"
+    # That of no task is a NaN, which no comparison lets through.
+    return f"histogram_quantile({share}, {buckets}) >= 0"

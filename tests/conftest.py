@@ -234,11 +234,14 @@ def jemalloc() -> str:
 
 
 @pytest.fixture(scope="session")
-def component() -> Callable[[str], str]:
-    """Return what finds a real program, or skips loudly; under CI=true it fails."""
+def component() -> Callable[..., str]:
+    """Return what finds a real program, or skips loudly; under CI=true it fails.
 
-    def find(name: str) -> str:
-        found = shutil.which(name)
+    Its second argument is where to look, if not on ``PATH``.
+    """
+
+    def find(name: str, path: str | None = None) -> str:
+        found = shutil.which(name, path=path)
         if found is None:
             reason = f"{name} is not installed: run tests/install-components as root"
             if os.environ.get("CI") == "true":

@@ -49,7 +49,7 @@ def targets(dashboard: Mapping[str, Any]) -> Iterator[Target]:
                 target.get("exemplar", False),
             )
     for one in dashboard["annotations"]["list"]:
-        yield Target("annotation", "annotation", one["name"], one["expr"], False, False)
+        yield Target("annotation", "annotation", one["name"], one["target"]["expr"], False, False)
 
 
 class DataSource:

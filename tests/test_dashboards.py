@@ -35,6 +35,9 @@ ALL = {
     for name, dashboard in dashboards(flavour).items()
 }
 
+#: Where generated JSON stands.
+FOLDERS = ("dask_memusage_exporter/monitoring/dashboards", "grafana/dashboards", "grafana/otlp")
+
 every = pytest.mark.parametrize("dashboard", ALL.values(), ids=ALL)
 
 
@@ -59,7 +62,7 @@ def test_what_is_generated_is_current() -> None:
         assert (ROOT / path).read_text() == text, f"{path}: run make dashboards"
     written = {
         str(file.relative_to(ROOT))
-        for folder in ("dask_memusage_exporter/monitoring/dashboards", "grafana")
+        for folder in FOLDERS
         for file in (ROOT / folder).glob("**/*.json")
     }
     assert written <= set(made)

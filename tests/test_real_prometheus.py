@@ -48,7 +48,7 @@ def test_it_scrapes_and_answers(
         assert 2**20 < quantile < 2**32
         kernel = 'dask_scheduler_task_memory_workers{source="kernel"}'
         wait_until(lambda: server.query(kernel) == [1])
-        assert server.query("up") == [1, 1]
+        wait_until(lambda: server.query("up") == [1, 1])
         # Ours join with Dask's own series by the prefix.
         joined = (
             "sum by (task_prefix_name) (dask_worker_task_memory_tasks_total) "
