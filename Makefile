@@ -8,7 +8,7 @@ TEST_ARGS ?=
 TEST_WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-floor lint bench docs clean
+.PHONY: demo test test-floor lint bench docs dashboards clean
 
 demo: $(VENV)/installed
 	$(BIN)/dask memusage demo $(DEMO_ARGS)
@@ -28,6 +28,9 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+dashboards: $(VENV)/installed-dev
+	$(BIN)/python -m grafana
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py

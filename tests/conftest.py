@@ -233,8 +233,8 @@ def jemalloc() -> str:
         pytest.skip(f"{error}; run tests/install-components as root")
 
 
-@pytest.fixture
-def component(request: pytest.FixtureRequest) -> Callable[[str], str]:
+@pytest.fixture(scope="session")
+def component() -> Callable[[str], str]:
     """Return what finds a real program, or skips loudly; under CI=true it fails."""
 
     def find(name: str) -> str:

@@ -178,12 +178,20 @@ class Prometheus:
         Its path.
     path
         What it scrapes.
+    labels
+        Put on everything that it scrapes.
     """
 
     def __init__(
-        self, program: str, directory: Path, ports: Iterable[int], path: str = "/metrics"
+        self,
+        program: str,
+        directory: Path,
+        ports: Iterable[int],
+        path: str = "/metrics",
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         self._address = f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self._address}"
         directory.mkdir()
         targets = [f"127.0.0.1:{port}" for port in ports]
         # JSON is YAML.
@@ -193,7 +201,7 @@ class Prometheus:
                 {
                     "job_name": "dask",
                     "metrics_path": path,
-                    "static_configs": [{"targets": targets}],
+                    "static_configs": [{"targets": targets, "labels": labels or {}}],
                 }
             ],
         }
@@ -234,3 +242,44 @@ class Prometheus:
         with suppress(OSError), urlopen(url, timeout=10) as answer:
             return json.load(answer)["data"]
         return None
+
+
+class VictoriaMetrics:
+    """A real store that takes OpenTelemetry's protocol over HTTP.
+
+    Parameters
+    ----------
+    program
+        Its path.
+    """
+
+    def __init__(self, program: str, directory: Path) -> None:
+        self._address = f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self._address}"
+        self.endpoint = f"http://{self._address}/opentelemetry/v1/metrics"
+        directory.mkdir()
+        with (directory / "log").open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    program,
+                    f"-storageDataPath={directory / 'data'}",
+                    f"-httpListenAddr={self._address}",
+                    "-opentelemetry.usePrometheusNaming",
+                    "-search.latencyOffset=0s",
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+    def query(self, expression: str) -> list[float]:
+        """Return the values of an instant query; none while the server starts."""
+        url = f"http://{self._address}/api/v1/query?" + urlencode(
+            {"query": expression, "nocache": 1}
+        )
+        with suppress(OSError), urlopen(url, timeout=10) as answer:
+            return [float(one["value"][1]) for one in json.load(answer)["data"]["result"]]
+        return []

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import dask
 import pytest
@@ -18,50 +13,10 @@ from dask_memusage_exporter import install
 from tests import tasks
 from tests.conftest import FULL, local_cluster, rows, wait_until
 from tests.receivers import receiver
-from tests.servers import free_port
+from tests.servers import VictoriaMetrics
 
 TASKS = 1_000
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-
-
-class VictoriaMetrics:
-    """A real store that takes OpenTelemetry's protocol over HTTP.
-
-    Parameters
-    ----------
-    program
-        Its path.
-    """
-
-    def __init__(self, program: str, directory: Path) -> None:
-        self._address = f"127.0.0.1:{free_port()}"
-        self.endpoint = f"http://{self._address}/opentelemetry/v1/metrics"
-        directory.mkdir()
-        with (directory / "log").open("w") as log:
-            self._process = subprocess.Popen(
-                [
-                    program,
-                    f"-storageDataPath={directory / 'data'}",
-                    f"-httpListenAddr={self._address}",
-                    "-opentelemetry.usePrometheusNaming",
-                    "-search.latencyOffset=0s",
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(30)
-
-    def query(self, expression: str) -> list[float]:
-        """Return the values of an instant query; none while the server starts."""
-        url = f"http://{self._address}/api/v1/query?" + urlencode(
-            {"query": expression, "nocache": 1}
-        )
-        with suppress(OSError), urlopen(url, timeout=10) as answer:
-            return [float(one["value"][1]) for one in json.load(answer)["data"]["result"]]
-        return []
 
 
 @pytest.fixture

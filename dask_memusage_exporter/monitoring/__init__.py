@@ -1,1 +1,58 @@
-"""What a team switches on: dashboards, alerting rules and examples."""
+"""What a team switches on: dashboards, alerting rules and examples.
+
+:func:`files` gives all of it, filled in, for whoever has only the installed package; the templates
+are written by ``python -m grafana`` in the repository.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dask_memusage_exporter.monitoring import rules
+
+#: Ways in which our metrics come into the store: scraped, or sent by OpenTelemetry.
+FLAVOURS = ("scrape", "otlp")
+
+_HERE = Path(__file__).parent
+
+
+def files(
+    flavour: str = "scrape",
+    namespace: str = "dask",
+    thresholds: Mapping[str, object] | None = None,
+) -> dict[str, str]:
+    """Return every file by its relative path.
+
+    Parameters
+    ----------
+    flavour
+        ``scrape`` or ``otlp``. The rules are for scraped names, so ``otlp`` has none.
+    namespace
+        Dask's ``distributed.dashboard.prometheus.namespace``; may be empty. OpenTelemetry's names
+        do not depend on it.
+    thresholds
+        Settings of the rules by name, see ``thresholds.yaml``.
+
+    Raises
+    ------
+    ValueError
+        One of them is not allowed; the message says what is.
+    """
+    if flavour not in FLAVOURS:
+        raise ValueError(f"flavour: {flavour!r} is not one of {', '.join(FLAVOURS)}")
+    # Checked for OTLP as well: a wrong call is wrong, whatever is made of it.
+    alerts = rules.rules(namespace, thresholds)
+    made = {
+        f"dashboards/{file.name}": fill(file.read_text(), namespace)
+        for file in sorted((_HERE / "dashboards" / flavour).glob("*.json"))
+    }
+    if flavour == "scrape":
+        made["rules/dask-memusage.yaml"] = alerts
+    return made
+
+
+def fill(template: str, namespace: str) -> str:
+    """Return a template with the metric namespace put in."""
+    return re.sub("%NAMESPACE%_", f"{namespace}_" if namespace else "", template)

@@ -1,0 +1,68 @@
+"""Panels about tasks that were executing when their worker died."""
+
+from __future__ import annotations
+
+from grafana.panels import NONE_IS_GOOD, Column, Lines, Query, Table
+from grafana.promql import by_prefix, gained, in_range
+
+_KILLED = "task_memory_killed_tasks_total"
+
+
+#: Of prefixes that lost a task in the time range; the metrics stay for ever.
+_LATELY = f"and on (task_prefix_name) ({by_prefix('sum', in_range(f'<{_KILLED}>'))} > 0)"
+
+
+def _by_cause(cause: str) -> str:
+    return by_prefix("sum", in_range(f'<{_KILLED}{{cause="{cause}"}}>')) + f" {_LATELY}"
+
+
+TABLE = Table(
+    "Post-mortem: killed tasks by prefix",
+    """What was executing when a worker died, in the time range; nothing here is good. Memory: known
+    to be killed for it; give workers more, or fewer threads. Signal: the nanny saw a signal, which
+    may be the kernel's; look at the node. Lost: nobody saw how; in Kubernetes look for OOMKilled.
+    The last peak is that of the latest kill and may be from some seconds before it; key and age
+    stand in the scheduler's log.""",
+    ("task_prefix_name", "Task prefix"),
+    (
+        Column(
+            "Killed",
+            by_prefix("sum", in_range(f"<{_KILLED}>")) + " > 0",
+            thresholds=NONE_IS_GOOD,
+            decimals=0,
+        ),
+        Column("memory", _by_cause("memory"), decimals=0),
+        Column("signal", _by_cause("signal"), decimals=0),
+        Column("lost", _by_cause("lost"), decimals=0),
+        Column(
+            "Last peak",
+            by_prefix("max", "last_over_time(<task_memory_killed_last_peak_bytes>[$__range])")
+            + f" {_LATELY}",
+            "bytes",
+        ),
+        Column(
+            "Last killed",
+            by_prefix(
+                "max", "last_over_time(<task_memory_killed_last_timestamp_seconds>[$__range])"
+            )
+            + f" * 1000 {_LATELY}",
+            "dateTimeAsIso",
+        ),
+    ),
+    ("Last killed", "Killed"),
+    no_value="-",
+    width=14,
+    height=9,
+)
+
+OVER_TIME = Lines(
+    "Killed tasks by cause",
+    """When workers died with a task on them. One bar: look at that task. Bars that repeat: the same
+    task is tried again on one worker after the other; cancel it. Worker processes that end in
+    order, or are scaled down, are not here.""",
+    (Query(f"sum by (cause) ({gained(f'<{_KILLED}>')})", "{{cause}}"),),
+    "short",
+    bars=True,
+    no_value="none was killed",
+    width=10,
+)

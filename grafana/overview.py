@@ -1,0 +1,263 @@
+"""*Task memory overview*: what costs most, what is near the limit, what grew, what was killed."""
+
+from __future__ import annotations
+
+from grafana import killed
+from grafana.panels import (
+    CHANGE,
+    NONE_IS_GOOD,
+    OF_LIMIT,
+    Column,
+    Dashboard,
+    Heatmap,
+    Lines,
+    Query,
+    Row,
+    Stat,
+    Table,
+)
+from grafana.promql import by_prefix, gained, in_range, mean, quantile
+
+PEAK, GROWTH = "task_memory_peak_bytes", "task_memory_growth_bytes"
+_MAX = "<task_memory_peak_maximum_bytes>"
+_LIMIT = "<task_memory_worker_limit_bytes>"
+
+#: Largest peak of the range, of each prefix.
+MAXIMUM = by_prefix("max", f"max_over_time({_MAX}[$__range])")
+#: The same as a share of the limit of the cluster in which it was.
+OF_THE_LIMIT = by_prefix(
+    "max",
+    f"max_over_time({_MAX}[$__range]) / ignoring (task_prefix_name) group_left () "
+    f"last_over_time({_LIMIT}[$__range])",
+)
+TASKS = by_prefix("sum", in_range("<task_memory_tasks_total>"))
+_OWN = by_prefix("sum", in_range('<task_memory_tasks_total{scope!="shared"}>'))
+#: Share of tasks whose growth is known.
+KNOWN = f"{_OWN} / ({TASKS} > 0)"
+_SECONDS = by_prefix("sum", in_range("<dask:scheduler_tasks_compute_seconds_total>"))
+#: Of bytes and seconds, in the unit of bills.
+_GIB_HOUR = 2**30 * 3600
+
+PREFIX = ("task_prefix_name", "Task prefix")
+
+
+def _change(histogram: str) -> str:
+    return f"{mean(histogram)} / ({mean(histogram, 'before')}) - 1"
+
+
+STATS = Row(
+    "In the selected time range",
+    (
+        Stat(
+            "Tasks measured",
+            """Executions that ended in the time range, exact, those of clusters that have gone too.
+            None: look at Exporter health whether anything is measured, and at the time range.""",
+            (Query(f"sum({in_range('<task_memory_tasks_total>')})"),),
+            decimals=0,
+            width=3,
+        ),
+        Stat(
+            "Largest peak",
+            """The highest resident memory of any worker process while a task ran, children
+            included: everybody's in that process where tasks overlap. Compare with the worker
+            limit.""",
+            (Query(f"max(max_over_time({_MAX}[$__range]))"),),
+            "bytes",
+            width=3,
+        ),
+        Stat(
+            "Worker limit",
+            """The smallest memory limit of the connected workers, as last seen; the smallest of all
+            clusters that are selected. None: workers run without a limit, and only the kernel will
+            stop them: set one.""",
+            (Query(f"min(last_over_time({_LIMIT}[$__range]))"),),
+            "bytes",
+            no_value="no limit",
+            width=3,
+        ),
+        Stat(
+            "Largest peak of the limit",
+            """How near the limit the largest peak came. Dask pauses a worker at 80 % and kills it
+            at 95 %. Orange or red: see in the table below whose it is, then give workers more
+            memory or fewer threads, or make its inputs smaller.""",
+            (Query(f"max({OF_THE_LIMIT})"),),
+            "percentunit",
+            OF_LIMIT,
+            no_value="no limit",
+            decimals=0,
+            width=3,
+        ),
+        Stat(
+            "Tasks killed",
+            """Tasks that were executing when their worker died, whatever the cause. Any: see
+            Workers and deaths for which, how high they were, and why.""",
+            (Query(f"sum({in_range('<task_memory_killed_tasks_total>')})"),),
+            thresholds=NONE_IS_GOOD,
+            decimals=0,
+            width=3,
+        ),
+        Stat(
+            "Growth known",
+            """Share of tasks that were alone, or counted by jemalloc, so that what they added is
+            their own number; of the others only the process's peak is known. Low: run one thread a
+            worker, or turn jemalloc on.""",
+            (
+                Query(
+                    f"""sum({in_range('<task_memory_tasks_total{scope!="shared"}>')}) / """
+                    f"(sum({in_range('<task_memory_tasks_total>')}) > 0)"
+                ),
+            ),
+            "percentunit",
+            ((None, "orange"), (0.5, "green")),
+            decimals=0,
+            width=3,
+        ),
+        Stat(
+            "Workers measured",
+            """Connected workers by where their peaks come from, now. 'missing' ones run without the
+            package: install it there.""",
+            (Query("sum by (source) (<task_memory_workers>) > 0", "{{source}}"),),
+            decimals=0,
+            no_value="no worker now",
+            width=3,
+        ),
+        Stat(
+            "Tasks in __overflow__",
+            """Tasks whose prefix has no label of its own, shown as __overflow__. Many: raise
+            memusage.max-prefixes, or allow only the prefixes that matter.""",
+            (Query(f"sum({in_range('<task_memory_overflow_tasks_total>')})"),),
+            decimals=0,
+            width=3,
+        ),
+    ),
+)
+
+COSTS = Row(
+    "What costs most",
+    (
+        Table(
+            "Task prefixes by cost",
+            """A row a kind of task; click it for its own dashboard. Memory x time is the mean peak
+            times the time on threads, what an otherwise empty worker of one thread would be billed.
+            Means and maximum are exact; p50 and p95 are estimates within their bucket (at most half
+            too high or a third too low). Mean growth is of those tasks whose growth is known. Begin
+            with the top row: smaller chunks there save most. __overflow__ stands for all prefixes
+            beyond memusage.max-prefixes.""",
+            PREFIX,
+            (
+                Column(
+                    "Memory x time",
+                    f"{mean(PEAK)} * {_SECONDS} / {_GIB_HOUR}",
+                    "suffix:GiB h",
+                    decimals=3,
+                ),
+                Column("Tasks", TASKS, decimals=0),
+                Column("Mean peak", mean(PEAK), "bytes"),
+                Column("p50 peak (est.)", quantile(0.5, PEAK), "bytes"),
+                Column("p95 peak (est.)", quantile(0.95, PEAK), "bytes"),
+                Column("Max peak", MAXIMUM, "bytes"),
+                Column("Max of limit", OF_THE_LIMIT, "percentunit", OF_LIMIT, decimals=0),
+                Column("Mean growth", mean(GROWTH), "bytes"),
+                Column("Growth known", KNOWN, "percentunit", decimals=0),
+                Column(
+                    "Killed",
+                    by_prefix("sum", in_range("<task_memory_killed_tasks_total>")),
+                    thresholds=NONE_IS_GOOD,
+                    decimals=0,
+                ),
+            ),
+            ("Memory x time", "Max peak"),
+        ),
+    ),
+)
+
+OVER_TIME = Row(
+    "Over time",
+    (
+        Heatmap(
+            "Peaks of all tasks",
+            """How many tasks had which peak: the darker, the more. A band that climbs is a job that
+            grows or workers that leak; one that comes near the limit is the next kill. Click a
+            prefix in the table to see its own.""",
+            PEAK,
+        ),
+        Lines(
+            "Largest peak by prefix",
+            """The largest peak of the last minutes (memusage.maximum-window), exact, below the
+            smallest worker limit (dashed). A line that climbs towards it will be killed: click it
+            for its own dashboard.""",
+            (
+                Query(by_prefix("max", _MAX), "{{task_prefix_name}}"),
+                Query(f"min({_LIMIT})", "worker limit", border=True),
+            ),
+            drill=True,
+        ),
+        Lines(
+            "Mean peak by prefix",
+            """Exact, of the tasks that ended in each step. A step up with no change of code is a
+            change of input.""",
+            (Query(mean(PEAK, "gained"), "{{task_prefix_name}}"),),
+            drill=True,
+        ),
+        Lines(
+            "Mean growth by prefix",
+            """What a task itself added, exact, of the tasks whose growth is known. No line: no
+            task's growth was known; see Growth known.""",
+            (Query(mean(GROWTH, "gained"), "{{task_prefix_name}}"),),
+            no_value="no task's growth was known",
+            drill=True,
+        ),
+        Lines(
+            "p95 of peaks by prefix (estimate)",
+            """Within its bucket, so at most half too high or a third too low. Size workers by the
+            maximum, chunks by this.""",
+            (Query(quantile(0.95, PEAK, "gained"), "{{task_prefix_name}}"),),
+            drill=True,
+        ),
+        Lines(
+            "Tasks ended by prefix",
+            "How many tasks each step's other panels speak of. Few tasks make quantiles jump.",
+            (
+                Query(
+                    by_prefix("sum", gained("<task_memory_tasks_total>")) + " > 0",
+                    "{{task_prefix_name}}",
+                ),
+            ),
+            "short",
+            bars=True,
+        ),
+    ),
+)
+
+GREW = Row(
+    "Against the baseline",
+    (
+        Table(
+            "Mean memory, in the time range and before it",
+            """Exact means of the time range beside those of the tasks that ran before it, in
+            clusters seen in the time called Baseline. Red grew by 30 % or more: click it, and see
+            whether its inputs grew as well or the code did. No value before: a new prefix, or too
+            short a baseline.""",
+            PREFIX,
+            (
+                Column("Peak changed", _change(PEAK), "percentunit", CHANGE, decimals=0),
+                Column("Mean peak", mean(PEAK), "bytes"),
+                Column("before", mean(PEAK, "before"), "bytes"),
+                Column("Growth changed", _change(GROWTH), "percentunit", CHANGE, decimals=0),
+                Column("Mean growth", mean(GROWTH), "bytes"),
+                Column("growth before", mean(GROWTH, "before"), "bytes"),
+                Column("Tasks", TASKS, decimals=0),
+            ),
+            ("Growth changed", "Peak changed"),
+        ),
+    ),
+)
+
+DASHBOARD = Dashboard(
+    "overview",
+    "Task memory overview",
+    """Which kind of task needs how much memory at its peak, how near workers are to their limit,
+    what grew, and what was killed.""",
+    (STATS, COSTS, OVER_TIME, GREW, Row("Killed tasks", (killed.TABLE, killed.OVER_TIME))),
+    baseline=True,
+)

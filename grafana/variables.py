@@ -1,0 +1,88 @@
+"""The dashboards' variables: whose series are shown, and what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.cog.builder import Builder
+from grafana_foundation_sdk.models import dashboard as model
+
+from grafana.flavours import Flavour, expand
+from grafana.panels import Dashboard
+
+#: Every panel, annotation and variable asks the data source that is chosen.
+DATASOURCE = model.DataSourceRef("prometheus", "${datasource}")
+
+#: There wherever anything of ours is, and has every prefix.
+_ANY = "<task_memory_prefixes>"
+_TASKS = "<task_memory_tasks_total>"
+
+#: For how long back the baseline looks for clusters.
+BASELINES = ("1d", "7d", "28d")
+
+_ALL = model.VariableOption(True, ["All"], ["$__all"])
+
+_LABELS = {
+    "namespace": ("Namespace", "Kubernetes namespace, or whatever the label namespace says."),
+    "job": ("Job", "Prometheus job. One is enough: two that scrape the same server count twice."),
+    "dask_cluster": ("Cluster", "The label dask_cluster, which the scrape configuration puts on."),
+}
+
+
+def variables(what: Dashboard, flavour: Flavour) -> Iterator[Builder[model.VariableModel]]:
+    """Return the builders of a dashboard's variables, each narrowed by those before it."""
+    yield (
+        dashboard.DatasourceVariable("datasource")
+        .label("Data source")
+        .type("prometheus")
+        .current(model.VariableOption(False, "", ""))
+    )
+    chosen: list[str] = []
+    for name, label in flavour.selectors.items():
+        title, description = _LABELS[name]
+        matchers = ", ".join(f'{flavour.selectors[one]}=~"${one}"' for one in chosen)
+        series = expand(_ANY, flavour)
+        query = f"label_values({series[: series.index('{')]}{{{matchers}}}, {label})"
+        yield (
+            _query(name, title, description, query)
+            .multi(True)
+            .include_all(True)
+            .all_value(".*")
+            .current(_ALL)
+        )
+        chosen.append(name)
+    prefixes = f"label_values({expand(_TASKS, flavour)}, {flavour.label('task_prefix_name')})"
+    about = "Kinds of task, as Dask names them; __overflow__ stands for all beyond the limit."
+    prefix = _query("prefix", "Task prefix", about, prefixes)
+    if what.prefix == "many":
+        yield prefix.multi(True).include_all(True).all_value(".*").current(_ALL)
+    elif what.prefix == "one":
+        yield prefix.multi(False).include_all(False)
+    if what.baseline:
+        yield (
+            dashboard.CustomVariable("baseline")
+            .label("Baseline")
+            .description("Compare with what clusters seen in this time before the range had run.")
+            .values(",".join(BASELINES))
+            .current(model.VariableOption(True, "7d", "7d"))
+            .options([model.VariableOption(one == "7d", one, one) for one in BASELINES])
+        )
+
+
+def carried(what: Dashboard, flavour: Flavour) -> str:
+    """Return the variables and the time range as a link to another dashboard carries them."""
+    names = ["datasource", *flavour.selectors, *(["baseline"] if what.baseline else [])]
+    return "&".join([*(f"${{{name}:queryparam}}" for name in names), "${__url_time_range}"])
+
+
+def _query(name: str, title: str, description: str, query: str) -> dashboard.QueryVariable:
+    return (
+        dashboard.QueryVariable(name)
+        .label(title)
+        .description(description)
+        .datasource(DATASOURCE)
+        .query({"query": query, "refId": f"variable-{name}"})
+        .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(model.VariableSort.ALPHABETICAL_ASC)
+    )

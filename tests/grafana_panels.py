@@ -1,0 +1,154 @@
+"""What Grafana does with a dashboard: variables put in, and every query asked of a data source."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+#: A row of a table, or a series: its labels and its values in time.
+Series = tuple[dict[str, str], list[float]]
+
+
+class Target(NamedTuple):
+    """One query of a panel."""
+
+    panel: str
+    kind: str
+    #: Its column in a table, else its legend.
+    name: str
+    expr: str
+    instant: bool
+    exemplar: bool
+
+
+def panels(dashboard: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return all panels but rows."""
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def targets(dashboard: Mapping[str, Any]) -> Iterator[Target]:
+    """Return every query of every panel and annotation."""
+    for panel in panels(dashboard):
+        columns: dict[str, str] = {}
+        for one in panel.get("transformations", ()):
+            columns |= one["options"].get("renameByName", {})
+        for target in panel["targets"]:
+            name = target.get("legendFormat") or columns.get(f"Value #{target['refId']}")
+            yield Target(
+                panel["title"],
+                panel["type"],
+                name or columns.get("Value", ""),
+                target["expr"],
+                target.get("instant", False),
+                target.get("exemplar", False),
+            )
+    for one in dashboard["annotations"]["list"]:
+        yield Target("annotation", "annotation", one["name"], one["expr"], False, False)
+
+
+class DataSource:
+    """Prometheus, or what answers as it does, as Grafana asks it at a time range.
+
+    Parameters
+    ----------
+    url
+        Its address.
+    start, end
+        The dashboard's time range, in seconds since the epoch.
+    values
+        Of variables; a list is one of many values. What is missing is at its default.
+    """
+
+    def __init__(self, url: str, start: float, end: float, **values: str | list[str]) -> None:
+        self.url = url
+        self.start, self.end = start, end
+        self.values = values
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """Return the data of an answer; an error of a query fails the test with its words."""
+        try:
+            with urlopen(
+                f"{self.url}/api/v1/{what}?{urlencode(arguments, True)}", timeout=30
+            ) as got:
+                answer = json.load(got)
+        except HTTPError as error:
+            raise AssertionError(f"{error.read().decode()}: {arguments}") from None
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def variable(self, dashboard: Mapping[str, Any], name: str) -> list[str]:
+        """Return what a query variable offers."""
+        (found,) = (one for one in dashboard["templating"]["list"] if one["name"] == name)
+        query = self._put_in(found["query"]["query"], dashboard)
+        match = re.fullmatch(r"label_values\((.*), (\w+)\)", query)
+        assert match, query
+        arguments = {"match[]": match[1], "start": self.start - 3600, "end": self.end}
+        return self.ask(f"label/{match[2]}/values", **arguments)
+
+    def run(self, dashboard: Mapping[str, Any], target: Target) -> list[Series]:
+        """Return the series of a query that are numbers somewhere."""
+        expr = self._put_in(target.expr, dashboard)
+        if target.instant:
+            found = self.ask("query", query=expr, time=self.end, nocache=1)["result"]
+            pairs = [(one["metric"], [one["value"]]) for one in found]
+        else:
+            found = self.ask(
+                "query_range", query=expr, start=self.start, end=self.end, step=self.step, nocache=1
+            )["result"]
+            pairs = [(one["metric"], one["values"]) for one in found]
+        numbers = [
+            (labels, [float(value) for _, value in values if not math.isnan(float(value))])
+            for labels, values in pairs
+        ]
+        return [(labels, values) for labels, values in numbers if values]
+
+    def column(self, dashboard: Mapping[str, Any], panel: str, name: str = "") -> dict[str, float]:
+        """Return the values of a panel's query, by the only label that its series have."""
+        (target,) = (
+            one for one in targets(dashboard) if one.panel == panel and one.name in (name, "")
+        )
+        return {
+            next(iter(labels.values()), ""): values[-1]
+            for labels, values in self.run(dashboard, target)
+        }
+
+    def exemplars(self, dashboard: Mapping[str, Any], target: Target) -> list[Any]:
+        """Return the exemplars that a panel shows."""
+        expr = self._put_in(target.expr, dashboard)
+        return self.ask("query_exemplars", query=expr, start=self.start, end=self.end)
+
+    @property
+    def step(self) -> int:
+        """The seconds between two points of a graph."""
+        return max(1, int(self.end - self.start) // 10)
+
+    def _put_in(self, text: str, dashboard: Mapping[str, Any]) -> str:
+        values = {
+            "__range": f"{int(self.end - self.start)}s",
+            "__interval": f"{self.step}s",
+            "__rate_interval": f"{self.step + 4}s",
+        }
+        for variable in dashboard["templating"]["list"]:
+            if variable["type"] != "datasource":
+                values[variable["name"]] = self._value(variable)
+        text = re.sub(r"\$(\w+)", lambda found: values.get(found[1], found[0]), text)
+        assert "$" not in text, text
+        return text
+
+    def _value(self, variable: Mapping[str, Any]) -> str:
+        given = self.values.get(variable["name"])
+        if isinstance(given, list):
+            # Grafana's for a regular expression inside a string of PromQL.
+            escaped = [re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\\\1", one) for one in given]
+            return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
+        if given is not None:
+            return given.replace("\\", "\\\\").replace('"', '\\"')
+        if variable.get("includeAll"):
+            return variable["allValue"]
+        return variable.get("current", {}).get("value", "")
