@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Of the newest releases only: nothing that the chart's tests check depends on the version of Dask.
+TEST_EXTRAS ?= chart
 # Tests wait for processes to start and end most of the time: two run at once on two cores.
 TEST_WORKERS ?= 2
 BIN = $(VENV)/bin
@@ -13,13 +15,13 @@ BIN = $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/dask memusage demo $(DEMO_ARGS)
 
-test: $(VENV)/installed-test
-	tests/install-components
+test: $(VENV)/installed-test $(addprefix $(VENV)/installed-,$(TEST_EXTRAS))
+	PYTHON=$(BIN)/python tests/install-components
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 # The oldest releases that pyproject.toml declares, in an environment of their own.
 test-floor:
-	$(MAKE) test VENV=.venv-floor CONSTRAINT=tests/floor.txt TEST_ARGS="$(TEST_ARGS)"
+	$(MAKE) test VENV=.venv-floor CONSTRAINT=tests/floor.txt TEST_EXTRAS= TEST_ARGS="$(TEST_ARGS)"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -34,6 +36,7 @@ dashboards: $(VENV)/installed-dev
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
+	$(BIN)/python deploy/helm/generate.py
 
 clean:
 	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
@@ -43,6 +46,12 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . $(if $(CONSTRAINT),-c $(CONSTRAINT))
+	touch $@
+
+# With what makes the Dask operator's objects, and its definitions: no client of Kubernetes with it.
+$(VENV)/installed-chart: pyproject.toml | $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[chart]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps dask-kubernetes==2026.3.0
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
