@@ -19,8 +19,8 @@ import yaml
 for _module in ("kubernetes_validate", "cloudcoil", "kopf"):
     pytest.importorskip(_module, reason=f"{_module} is missing: make .venv/installed-chart")
 
-import kubernetes_validate
-from kubernetes_validate import utils
+import kubernetes_validate  # noqa: E402  # after the check that it is there
+from kubernetes_validate import utils  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CHART = ROOT / "deploy" / "helm" / "dask-memusage-exporter"
@@ -139,7 +139,7 @@ def pods(resources: list[Resource]) -> Iterator[Pod]:
 
 
 def check(resource: Resource, kubernetes: str) -> None:
-    """Fail where an object is not valid by its own definition, down to fields that are not known."""
+    """Fail where an object is not valid by its own definition, or has a field that is not in it."""
     group = resource["apiVersion"].partition("/")[0]
     if group == "monitoring.coreos.com":
         _check_monitoring(resource)
@@ -183,13 +183,11 @@ def strict(schema: Any) -> Any:
 
 
 def snippet(notes: str, begins: str) -> Any:
-    """Return the YAML in notes that begins with a line."""
-    lines = notes.partition(f"\n  {begins}")[2]
-    text = f"  {begins}{lines}"
-    end = next(
-        (n for n, line in enumerate(text.splitlines()) if line and not line.startswith("  ")), None
-    )
-    return yaml.safe_load("\n".join(text.splitlines()[:end]))
+    """Return the YAML in notes that begins with a line, and ends where the text goes on."""
+    lines = notes.splitlines()
+    block = lines[lines.index(f"  {begins}") :]
+    end = next((n for n, line in enumerate(block) if line and not line.startswith("  ")), None)
+    return yaml.safe_load("\n".join(block[:end]))
 
 
 def settings(**values: Any) -> list[str]:
