@@ -187,7 +187,7 @@ def snippet(notes: str, begins: str) -> Any:
     lines = notes.splitlines()
     block = lines[lines.index(f"  {begins}") :]
     end = next((n for n, line in enumerate(block) if line and not line.startswith("  ")), None)
-    return yaml.safe_load("\n".join(block[:end]))
+    return yaml.safe_load("\n".join([*block[:end], ""]))
 
 
 def settings(**values: Any) -> list[str]:

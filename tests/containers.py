@@ -32,6 +32,9 @@ from tests.servers import free_port
 #: What the official image has not, of what is installed beside the tests.
 _NOT_IN_THE_IMAGE = re.compile(r"_*(editable_+)?(dask_memusage|prometheus_client|opentelemetry)")
 
+#: What the package is built from, here and in deploy/Dockerfile.
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "dask_memusage_exporter")
+
 #: As pip writes it.
 _DASK = """
 import sys
@@ -267,14 +270,12 @@ def build_wheel(directory: Path) -> Path:
     """Build the package as it would be on an index."""
     root = Path(__file__).parent.parent
     source = directory / "source"
-    # A build writes beside its sources.
-    shutil.copytree(
-        root / "dask_memusage_exporter",
-        source / "dask_memusage_exporter",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / name, source)
+    source.mkdir()
+    for name in SOURCES:  # a build writes beside them
+        if (root / name).is_dir():
+            shutil.copytree(root / name, source / name)
+        else:
+            shutil.copy(root / name, source)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
