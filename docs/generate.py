@@ -1,10 +1,11 @@
-"""Write the reference pages that follow from the code: docs/metrics.md and docs/settings.md.
+"""Write the pages that follow from the code: metrics.md, settings.md, the tables of alerts.md.
 
 ``make docs`` runs it; a test fails where the pages are not what it writes.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 
 from dask_memusage_exporter import catalog
 from dask_memusage_exporter.measure.scopes import REASONS
+from dask_memusage_exporter.monitoring.rules import rules, thresholds
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "dask_memusage_exporter"
@@ -179,7 +181,42 @@ def _settings(defaults: dict, schema: dict, above: str) -> list[str]:
     return lines
 
 
-PAGES = {"metrics.md": metrics, "settings.md": settings}
+def alerts() -> str:
+    """Return the page of alerts with its tables as they follow from rules and thresholds."""
+    page = (DOCS / "alerts.md").read_text()
+    for name, lines in (("alerts", _alerts()), ("thresholds", _thresholds())):
+        before, rest = page.split(f"<!-- {name} -->\n")
+        _, after = rest.split(f"<!-- end of {name} -->\n")
+        table = "\n".join(lines)
+        page = f"{before}<!-- {name} -->\n{table}\n<!-- end of {name} -->\n{after}"
+    return page
+
+
+def _alerts() -> list[str]:
+    lines = ["| alert | severity | of |", "|---|---|---|"]
+    for group in yaml.safe_load(rules())["groups"]:
+        for rule in group["rules"]:
+            if "alert" in rule:
+                summary = re.sub(r"{{ with .*?{{ end }}", "", rule["annotations"]["summary"])
+                summary = re.sub(r"{{ \$labels\.(\w+) }}", r"*\1*", summary)
+                summary = re.sub(r"{{ \$value.*?}}", "N", summary)
+                name, severity = rule["alert"], rule["labels"]["severity"]
+                lines.append(f"| [{name}](runbooks/{name}.md) | {severity} | {summary} |")
+    return lines
+
+
+def _thresholds() -> list[str]:
+    lines = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+    for name, spec in thresholds().items():
+        unit = spec["unit"]
+        allowed = f"{spec['minimum']} to {spec['maximum']} {unit}" if "minimum" in spec else unit
+        allowed = allowed.removesuffix(" duration")
+        default = f"`{spec['default']}`" if spec["default"] != "" else "none"
+        lines.append(f"| `{name}` | {default} | {allowed} | {spec['description']} |")
+    return lines
+
+
+PAGES = {"metrics.md": metrics, "settings.md": settings, "alerts.md": alerts}
 
 if __name__ == "__main__":
     for name, write in PAGES.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.panels import NONE_IS_GOOD, Column, Dashboard, Lines, Query, Row, Stat, Table
+from grafana.panels import NONE_IS_GOOD, PREFIX, Column, Dashboard, Lines, Query, Row, Stat, Table
 from grafana.promql import gained, in_range
 
 _TASKS = "<task_memory_tasks_total>"
@@ -94,7 +94,7 @@ SOURCES = Row(
             """Which kinds of task have no growth of their own. Reasons stand in the full CSV and on
             spans: overlap wants one thread a worker or jemalloc, warm_heap wants memusage.trim or
             jemalloc, transfer ends by itself.""",
-            ("task_prefix_name", "Task prefix"),
+            PREFIX,
             (
                 Column(
                     "Shared",
@@ -215,4 +215,6 @@ DASHBOARD = Dashboard(
     many tasks it is known whose the number is, what was lost, and what measuring costs.""",
     (STATS, SOURCES, LOSSES, COST),
     prefix="none",
+    since="now-6h",
+    refresh="1m",
 )

@@ -21,7 +21,6 @@ NAMESPACE = "%NAMESPACE%"
 DASKS_OWN = {
     "scheduler_workers": False,
     "scheduler_workers_removed_total": False,
-    "scheduler_desired_workers": False,
     "scheduler_tasks_compute_seconds_total": True,
     "scheduler_tasks_suspicious_total": True,
     "worker_memory_bytes": False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.panels import NONE_IS_GOOD, Column, Lines, Query, Table
+from grafana.panels import NONE_IS_GOOD, PREFIX, Column, Lines, Query, Table
 from grafana.promql import by_prefix, gained, in_range
 
 _KILLED = "task_memory_killed_tasks_total"
@@ -23,7 +23,7 @@ TABLE = Table(
     may be the kernel's; look at the node. Lost: nobody saw how; in Kubernetes look for OOMKilled.
     The last peak is that of the latest kill and may be from some seconds before it; key and age
     stand in the scheduler's log.""",
-    ("task_prefix_name", "Task prefix"),
+    PREFIX,
     (
         Column(
             "Killed",
@@ -50,7 +50,7 @@ TABLE = Table(
         ),
     ),
     ("Last killed", "Killed"),
-    no_value="-",
+    no_value="none",
     width=14,
     height=9,
 )

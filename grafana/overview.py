@@ -7,6 +7,7 @@ from grafana.panels import (
     CHANGE,
     NONE_IS_GOOD,
     OF_LIMIT,
+    PREFIX,
     Column,
     Dashboard,
     Heatmap,
@@ -30,6 +31,11 @@ OF_THE_LIMIT = by_prefix(
     f"max_over_time({_MAX}[$__range]) / ignoring (task_prefix_name) group_left () "
     f"last_over_time({_LIMIT}[$__range])",
 )
+#: What each peak left of the limit.
+_HEADROOM = (
+    f"last_over_time({_LIMIT}[$__range]) - ignoring (task_prefix_name) group_right () "
+    f"max_over_time({_MAX}[$__range])"
+)
 TASKS = by_prefix("sum", in_range("<task_memory_tasks_total>"))
 _OWN = by_prefix("sum", in_range('<task_memory_tasks_total{scope!="shared"}>'))
 #: Share of tasks whose growth is known.
@@ -37,8 +43,6 @@ KNOWN = f"{_OWN} / ({TASKS} > 0)"
 _SECONDS = by_prefix("sum", in_range("<dask:scheduler_tasks_compute_seconds_total>"))
 #: Of bytes and seconds, in the unit of bills.
 _GIB_HOUR = 2**30 * 3600
-
-PREFIX = ("task_prefix_name", "Task prefix")
 
 
 def _change(histogram: str) -> str:
@@ -59,8 +63,8 @@ STATS = Row(
         Stat(
             "Largest peak",
             """The highest resident memory of any worker process while a task ran, children
-            included: everybody's in that process where tasks overlap. Compare with the worker
-            limit.""",
+            included: everybody's in that process where tasks overlap. It may be from up to 10
+            minutes before the range (memusage.maximum-window). Compare with the worker limit.""",
             (Query(f"max(max_over_time({_MAX}[$__range]))"),),
             "bytes",
             width=3,
@@ -76,7 +80,17 @@ STATS = Row(
             width=3,
         ),
         Stat(
-            "Largest peak of the limit",
+            "Headroom",
+            """What the largest peak left below the limit of its workers, at the least. Little or
+            below zero: the next larger input is killed. Give workers more memory or fewer threads,
+            or make chunks smaller; take memory away from workers only by this.""",
+            (Query(f"min({_HEADROOM})"),),
+            "bytes",
+            no_value="no limit",
+            width=3,
+        ),
+        Stat(
+            "Peak of limit",
             """How near the limit the largest peak came. Dask pauses a worker at 80 % and kills it
             at 95 %. Orange or red: see in the table below whose it is, then give workers more
             memory or fewer threads, or make its inputs smaller.""",
@@ -119,14 +133,6 @@ STATS = Row(
             (Query("sum by (source) (<task_memory_workers>) > 0", "{{source}}"),),
             decimals=0,
             no_value="no worker now",
-            width=3,
-        ),
-        Stat(
-            "Tasks in __overflow__",
-            """Tasks whose prefix has no label of its own, shown as __overflow__. Many: raise
-            memusage.max-prefixes, or allow only the prefixes that matter.""",
-            (Query(f"sum({in_range('<task_memory_overflow_tasks_total>')})"),),
-            decimals=0,
             width=3,
         ),
     ),
@@ -208,13 +214,6 @@ OVER_TIME = Row(
             drill=True,
         ),
         Lines(
-            "p95 of peaks by prefix (estimate)",
-            """Within its bucket, so at most half too high or a third too low. Size workers by the
-            maximum, chunks by this.""",
-            (Query(quantile(0.95, PEAK, "gained"), "{{task_prefix_name}}"),),
-            drill=True,
-        ),
-        Lines(
             "Tasks ended by prefix",
             "How many tasks each step's other panels speak of. Few tasks make quantiles jump.",
             (
@@ -225,6 +224,7 @@ OVER_TIME = Row(
             ),
             "short",
             bars=True,
+            width=24,
         ),
     ),
 )
@@ -235,7 +235,8 @@ GREW = Row(
         Table(
             "Mean memory, in the time range and before it",
             """Exact means of the time range beside those of the tasks that ran before it, in
-            clusters seen in the time called Baseline. Red grew by 30 % or more: click it, and see
+            clusters seen in the time called Baseline. Red grew by as much as
+            makes an alert: click it, and see
             whether its inputs grew as well or the code did. No value before: a new prefix, or too
             short a baseline.""",
             PREFIX,

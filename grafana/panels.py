@@ -8,17 +8,29 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dask_memusage_exporter.monitoring import rules
+
 #: Colour by the value from which it holds; the first is from below.
 Thresholds = tuple[tuple[float | None, str], ...]
 
+
+def _default(percent: str) -> float:
+    """Return the default of a threshold of the alerts, as a share."""
+    return float(rules.thresholds()[percent]["default"]) / 100
+
+
 #: A count that should be none.
 NONE_IS_GOOD: Thresholds = ((None, "green"), (1, "red"))
-#: A share of the worker's limit. Dask's nanny kills at 0.95, and pauses at 0.8.
-OF_LIMIT: Thresholds = ((None, "green"), (0.8, "orange"), (0.95, "red"))
-#: How much larger than the baseline, and how large beside it.
-CHANGE: Thresholds = ((None, "green"), (0.1, "orange"), (0.3, "red"))
-BESIDE: Thresholds = ((None, "green"), (1.1, "orange"), (1.3, "red"))
+#: A share of the worker's limit. At 0.8 Dask's workers pause; red where the alert fires.
+OF_LIMIT: Thresholds = ((None, "green"), (0.8, "orange"), (_default("near-limit-percent"), "red"))
+#: How much larger than the baseline, and how large beside it; red where the alert fires.
+_REGRESSION = _default("regression-percent")
+CHANGE: Thresholds = ((None, "green"), (_REGRESSION / 2, "orange"), (_REGRESSION, "red"))
+BESIDE: Thresholds = tuple((None if at is None else 1 + at, color) for at, color in CHANGE)
 PLAIN: Thresholds = ((None, "text"),)
+
+#: What tables by prefix are by: the label, and its column's title.
+PREFIX = ("task_prefix_name", "Task prefix")
 
 #: Said by panels of worker series where workers are not scraped.
 NO_WORKERS = "no worker series"
@@ -134,4 +146,6 @@ class Dashboard(NamedTuple):
     prefix: str = "many"
     #: Whether it compares with the time before.
     baseline: bool = False
+    #: The time range, and how often it is asked for again: a day of buckets is work.
     since: str = "now-24h"
+    refresh: str = "5m"

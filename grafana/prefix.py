@@ -6,7 +6,6 @@ from grafana import killed
 from grafana.overview import GROWTH, KNOWN, MAXIMUM, OF_THE_LIMIT, PEAK, TASKS
 from grafana.panels import (
     BESIDE,
-    Ratio,
     CHANGE,
     NO_WORKERS,
     NONE_IS_GOOD,
@@ -16,6 +15,7 @@ from grafana.panels import (
     Heatmap,
     Lines,
     Query,
+    Ratio,
     Row,
     Stat,
     Table,
@@ -71,8 +71,8 @@ STATS = Row(
         ),
         Stat(
             "Max peak",
-            """The largest peak, exact. Worker memory must be above this, with what else the worker
-            keeps.""",
+            """The largest peak, exact; it may be from up to 10 minutes before the range
+            (memusage.maximum-window). Worker memory must be above it, or its tasks are killed.""",
             (Query(MAXIMUM),),
             "bytes",
             width=3,
@@ -110,7 +110,7 @@ STATS = Row(
         Stat(
             "Mean growth changed",
             """Mean growth in the time range against that before it, in clusters seen in the time
-            called Baseline. Red: 30 % or more; see below whether inputs grew, too.""",
+            called Baseline. Red: as much as makes an alert; see below whether inputs grew, too.""",
             (Query(f"{mean(GROWTH)} / ({mean(GROWTH, 'before')}) - 1"),),
             "percentunit",
             CHANGE,

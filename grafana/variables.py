@@ -17,6 +17,7 @@ DATASOURCE = model.DataSourceRef("prometheus", "${datasource}")
 #: There wherever anything of ours is, and has every prefix.
 _ANY = "<task_memory_prefixes>"
 _TASKS = "<task_memory_tasks_total>"
+_LARGEST = "max_over_time(<task_memory_peak_maximum_bytes>[$__range])"
 
 #: For how long back the baseline looks for clusters.
 BASELINES = ("1d", "7d", "28d")
@@ -52,13 +53,22 @@ def variables(what: Dashboard, flavour: Flavour) -> Iterator[Builder[model.Varia
             .current(_ALL)
         )
         chosen.append(name)
-    prefixes = f"label_values({expand(_TASKS, flavour)}, {flavour.label('task_prefix_name')})"
+    label = flavour.label("task_prefix_name")
     about = "Kinds of task, as Dask names them; __overflow__ stands for all beyond the limit."
-    prefix = _query("prefix", "Task prefix", about, prefixes)
     if what.prefix == "many":
-        yield prefix.multi(True).include_all(True).all_value(".*").current(_ALL)
+        query = f"label_values({expand(_TASKS, flavour)}, {label})"
+        prefix = _query("prefix", "Task prefix", about, query).multi(True).include_all(True)
+        yield prefix.all_value(".*").current(_ALL)
     elif what.prefix == "one":
-        yield prefix.multi(False).include_all(False)
+        # Largest peak first, so that a page which nobody has chosen for shows what matters most.
+        largest = expand(f"sort_desc(max by (task_prefix_name) ({_LARGEST}))", flavour)
+        prefix = _query("prefix", "Task prefix", about, f"query_result({largest})")
+        yield (
+            prefix.regex(f'/{label}="([^"]+)"/')
+            .sort(model.VariableSort.DISABLED)
+            .multi(False)
+            .include_all(False)
+        )
     if what.baseline:
         yield (
             dashboard.CustomVariable("baseline")
@@ -71,9 +81,9 @@ def variables(what: Dashboard, flavour: Flavour) -> Iterator[Builder[model.Varia
 
 
 def carried(what: Dashboard, flavour: Flavour) -> str:
-    """Return the variables and the time range as a link to another dashboard carries them."""
+    """Return all variables but the prefix, as a link to another dashboard carries them."""
     names = ["datasource", *flavour.selectors, *(["baseline"] if what.baseline else [])]
-    return "&".join([*(f"${{{name}:queryparam}}" for name in names), "${__url_time_range}"])
+    return "&".join(f"${{{name}:queryparam}}" for name in names)
 
 
 def _query(name: str, title: str, description: str, query: str) -> dashboard.QueryVariable:
@@ -82,7 +92,7 @@ def _query(name: str, title: str, description: str, query: str) -> dashboard.Que
         .label(title)
         .description(description)
         .datasource(DATASOURCE)
-        .query({"query": query, "refId": f"variable-{name}"})
+        .query({"query": query, "refId": "PrometheusVariableQueryEditor-VariableQuery"})
         .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(model.VariableSort.ALPHABETICAL_ASC)
     )

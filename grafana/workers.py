@@ -46,7 +46,7 @@ STATS = Row(
             no_value="none was killed",
         ),
         Stat(
-            "Largest peak of the limit",
+            "Peak of limit",
             """How near the limit the largest peak came. Dask pauses a worker at 80 % and kills it
             at 95 %.""",
             (Query(f"max({OF_THE_LIMIT})"),),
@@ -175,4 +175,6 @@ DASHBOARD = Dashboard(
     """Which workers died and what was executing on them, how near their limit workers are, and what
     else they keep.""",
     (STATS, DEATHS, CLUSTER, PROCESSES),
+    since="now-6h",
+    refresh="1m",
 )

@@ -65,6 +65,9 @@ class DataSource:
         Of variables; a list is one of many values. What is missing is at its default.
     """
 
+    #: How many steps a graph has; the time range is that many whole seconds, or a multiple.
+    STEPS = 4
+
     def __init__(self, url: str, start: float, end: float, **values: str | list[str]) -> None:
         self.url = url
         self.start, self.end = start, end
@@ -86,10 +89,16 @@ class DataSource:
         """Return what a query variable offers."""
         (found,) = (one for one in dashboard["templating"]["list"] if one["name"] == name)
         query = self._put_in(found["query"]["query"], dashboard)
-        match = re.fullmatch(r"label_values\((.*), (\w+)\)", query)
+        if match := re.fullmatch(r"label_values\((.*), (\w+)\)", query):
+            arguments = {"match[]": match[1], "start": self.start - 3600, "end": self.end}
+            return self.ask(f"label/{match[2]}/values", **arguments)
+        match = re.fullmatch(r"query_result\((.*)\)", query)
         assert match, query
-        arguments = {"match[]": match[1], "start": self.start - 3600, "end": self.end}
-        return self.ask(f"label/{match[2]}/values", **arguments)
+        texts = [
+            "{" + ",".join(f'{label}="{value}"' for label, value in one["metric"].items()) + "} 1"
+            for one in self.ask("query", query=match[1], time=self.end, nocache=1)["result"]
+        ]
+        return [re.search(found["regex"].strip("/"), text)[1] for text in texts]
 
     def run(self, dashboard: Mapping[str, Any], target: Target) -> list[Series]:
         """Return the series of a query that are numbers somewhere."""
@@ -126,7 +135,7 @@ class DataSource:
     @property
     def step(self) -> int:
         """The seconds between two points of a graph."""
-        return max(1, int(self.end - self.start) // 10)
+        return int(self.end - self.start) // self.STEPS
 
     def _put_in(self, text: str, dashboard: Mapping[str, Any]) -> str:
         values = {

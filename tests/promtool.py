@@ -77,7 +77,7 @@ class Scrapes:
     def add(self, name: str, values: list[Any], begin: str = "0s", **labels: str) -> None:
         """Add one series of a scheduler; with its last value the target goes (None: no scrape)."""
         labels = {"instance": "10.0.0.1:8787", "job": "dask", **labels}
-        inner = ",".join(f'{label}="{value}"' for label, value in labels.items())
+        inner = ",".join(f"{label}={json.dumps(value)}" for label, value in labels.items())
         before = ["_"] * (seconds(begin) // seconds(self.interval))
         shown = ["_" if value is None else str(value) for value in values]
         self.series[f"dask_scheduler_{name}{{{inner}}}"] = [*before, *shown, "stale"]
@@ -131,7 +131,10 @@ class Promtool:
         """
         expected = {
             f'count by (task_prefix_name) (ALERTS{{alertname="{alert}",alertstate="firing"}})': {
-                time: {f'{{task_prefix_name="{one}"}}' if one else "{}": 1 for one in prefixes}
+                time: {
+                    f"{{task_prefix_name={json.dumps(one)}}}" if one else "{}": 1
+                    for one in prefixes
+                }
                 for time, prefixes in times.items()
             }
             for alert, times in (firing or {}).items()
@@ -159,3 +162,16 @@ class Promtool:
         (self._directory / "rules.yaml").write_text(rules(given={"step": every, **self._given}))
         (self._directory / "test.yaml").write_text(json.dumps(whole))  # JSON is YAML
         self.run("test", "rules", str(self._directory / "test.yaml"))
+
+
+def says(
+    alert: str, time: str, summary: str, description: str, severity: str, **labels: str
+) -> dict[str, Any]:
+    """Return what promtool takes as the only alert of a name at a time, with all that it says."""
+    annotations = {
+        "summary": summary,
+        "description": description,
+        "runbook_url": f"docs/runbooks/{alert}.md",
+    }
+    one = {"exp_labels": {"severity": severity, **labels}, "exp_annotations": annotations}
+    return {"alertname": alert, "eval_time": time, "exp_alerts": [one]}

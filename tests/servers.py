@@ -180,6 +180,8 @@ class Prometheus:
         What it scrapes.
     labels
         Put on everything that it scrapes.
+    more
+        Other keys of its configuration, such as ``rule_files``.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class Prometheus:
         ports: Iterable[int],
         path: str = "/metrics",
         labels: Mapping[str, str] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         self._address = f"127.0.0.1:{free_port()}"
         self.url = f"http://{self._address}"
@@ -196,7 +199,11 @@ class Prometheus:
         targets = [f"127.0.0.1:{port}" for port in ports]
         # JSON is YAML.
         config = {
-            "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+            "global": {
+                "scrape_interval": "200ms",
+                "scrape_timeout": "200ms",
+                "evaluation_interval": "1s",
+            },
             "scrape_configs": [
                 {
                     "job_name": "dask",
@@ -204,6 +211,7 @@ class Prometheus:
                     "static_configs": [{"targets": targets, "labels": labels or {}}],
                 }
             ],
+            **(more or {}),
         }
         (directory / "prometheus.yml").write_text(json.dumps(config))
         with (directory / "log").open("w") as log:

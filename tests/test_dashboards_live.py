@@ -21,11 +21,15 @@ from dask_memusage_exporter.config import DEFAULT_BUCKETS
 from tests import tasks
 from tests.conftest import rows, wait_until
 from tests.grafana_panels import DataSource, targets
+from tests.receivers import receiver
 from tests.servers import Prometheus, Servers, VictoriaMetrics, free_port
 
 MIB = 2**20
 #: What the scrape configuration puts on.
 LABELS = {"namespace": "data", "dask_cluster": "nightly"}
+
+#: A scrape that fails takes all gauges away for its moment, and machines are busy.
+PATIENT = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}}
 
 pytestmark = [pytest.mark.component("prometheus"), pytest.mark.component("victoria-metrics")]
 
@@ -63,6 +67,8 @@ class Job(NamedTuple):
     #: The scheduler alone, with no label: what operators of hundreds of workers have.
     alone: DataSource
     otlp: DataSource
+    #: The scheduler's page of ours alone, which has exemplars.
+    ours: DataSource
     #: Rows of the time range; before it there was a smaller job.
     after: list[dict[str, str]]
     before: list[dict[str, str]]
@@ -78,9 +84,12 @@ def submit(servers: Servers, number: int, sizes: list[int]) -> None:
         given = client.submit(block, 8, key=f"block-{number}-{name}", **here)
         for i, mib in enumerate(sizes):
             done.append(client.submit(load, given, mib, key=f"load-{number}-{name}-{i}", **here))
+        # More than a worker's target: some of it is spilled.
+        for i in range(3):
+            done.append(client.submit(block, 60, key=f"kept-{number}-{name}-{i}", **here))
+    # The first to come have a label, on each worker by itself.
+    wait(done)
     done += [client.submit(tasks.nothing, key=f"other_{i}-{number}") for i in range(6)]
-    # More than fits: some of it is spilled.
-    done += client.map(tasks.made, [60] * 4, key=[f"kept-{number}-{i}" for i in range(4)])
     wait(done)
     client.gather([one for one in done if not one.key.startswith("kept")])
 
@@ -104,6 +113,7 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
     with ExitStack() as stack:
         store = VictoriaMetrics(component("victoria-metrics"), directory / "store")
         stack.callback(store.stop)
+        traces = stack.enter_context(receiver("grpc"))
         servers = Servers(directory)
         stack.callback(servers.close)
         csv = directory / "memusage.csv"
@@ -116,6 +126,9 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
             "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": store.endpoint,
             "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/protobuf",
             "OTEL_METRIC_EXPORT_INTERVAL": "300",
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": traces.endpoint,
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
             "OTEL_RESOURCE_ATTRIBUTES": "dask.cluster=nightly,k8s.namespace.name=data",
         }
         servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
@@ -128,18 +141,21 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
         servers.client.wait_for_workers(2)
         workers = set(servers.addresses().values())
         program = component("prometheus")
-        full = stack.enter_context(
-            Prometheus(program, directory / "full", [servers.scheduler_port, port], labels=LABELS)
-        )
-        alone = stack.enter_context(
-            Prometheus(program, directory / "alone", [servers.scheduler_port])
-        )
+
+        def scraping(name: str, *ports: int, **how: Any) -> Prometheus:
+            return stack.enter_context(
+                Prometheus(program, directory / name, ports, more=PATIENT, **how)
+            )
+
+        full = scraping("full", servers.scheduler_port, port, labels=LABELS)
+        alone = scraping("alone", servers.scheduler_port)
+        ours = scraping("ours", servers.scheduler_port, path="/memusage/metrics")
         total = "sum(dask_{}_task_memory_tasks_total)"
 
         def seen() -> int:
             count = len(rows(csv))
             for one, server in ((full, "scheduler"), (alone, "scheduler"), (store, "worker")):
-                wait_until(lambda: one.query(total.format(server)) == [count], what=total)  # noqa: B023
+                wait_until(lambda: one.query(total.format(server)) == [count], 60, total)  # noqa: B023
             return count
 
         submit(servers, 1, [60, 80, 100, 120])
@@ -160,11 +176,19 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
         wait_until(lambda: store.query(killed.replace("cause", "dask_task_kill_cause")) == [1])
         wait_until(lambda: full.query("sum(dask_scheduler_task_memory_workers)") == [2])
         finished = [row for row in rows(csv) if row["status"] != "killed"]
-        # Whole seconds, as Grafana puts the range into queries.
-        end = start + math.ceil(time.time() - start)
-        wait_until(lambda: time.time() > end)
-        looks = [DataSource(one.url, start, end) for one in (full, alone, store)]
-        yield Job(*looks, finished[first:], finished[:first], workers)
+
+        def looks() -> list[DataSource]:
+            """Return what was there at a time when no scrape had failed; the range so far."""
+            # Whole steps of whole seconds, as Grafana puts them into queries.
+            steps = math.ceil((time.time() - start) / DataSource.STEPS)
+            end = start + steps * DataSource.STEPS
+            wait_until(lambda: time.time() > end)
+            asked = [DataSource(one.url, start, end) for one in (full, alone, store, ours)]
+            scraped = [one.ask("query", query="up == 1", time=end) for one in asked[:2]]
+            whole = [len(one["result"]) for one in scraped] == [2, 1]
+            return asked if whole else []
+
+        yield Job(*wait_until(looks, timeout=60), finished[first:], finished[:first], workers)
 
 
 def empty(look: DataSource, shown: dict[str, Any], **values: Any) -> list[str]:
@@ -214,7 +238,10 @@ def test_what_is_chosen_is_shown(job: Job) -> None:
     assert set(look.column(overview, "Task prefixes by cost", "Tasks")) == {"load"}
     for shown, other in ((SCRAPE, job.alone), (OTLP, job.otlp)):
         other.values = {}
-        assert set(other.variable(shown["prefix"], "prefix")) == set(prefixes)
+        # The one with the largest peak comes first.
+        first, *others = other.variable(shown["prefix"], "prefix")
+        assert first == "load"
+        assert {"block", "kept"} & set(others)
     assert job.otlp.variable(OTLP["overview"], "namespace") == ["data"]
     assert job.otlp.variable(OTLP["overview"], "dask_cluster") == ["nightly"]
 
@@ -249,6 +276,7 @@ def test_panels_say_what_the_csv_says(job: Job, whose: str) -> None:
     assert costs("Mean growth") == pytest.approx(sum(growths) / len(growths))
     assert costs("Growth known") == pytest.approx(len(growths) / len(load))
     assert costs("Max of limit") == pytest.approx(max(peaks) / 2**30)
+    assert look.column(overview, "Headroom") == {"": 2**30 - max(peaks)}
     for share, name in ((0.5, "p50 peak (est.)"), (0.95, "p95 peak (est.)")):
         low, high = bucket(peaks[math.ceil(share * len(peaks)) - 1])
         assert low <= costs(name) <= high, name
@@ -310,14 +338,15 @@ def test_one_scraped_worker_of_two_is_not_the_cluster(job: Job) -> None:
     assert seen < of_all == len(load)
 
 
-def test_exemplars_of_panels_can_be_asked_for(job: Job) -> None:
-    """Prometheus takes the queries of the panels that show exemplars."""
-    asked = [
-        (dashboard, target)
-        for dashboard in SCRAPE.values()
-        for target in targets(dashboard)
-        if target.exemplar
-    ]
-    assert asked
-    for dashboard, target in asked:
-        job.labelled.exemplars(dashboard, target)
+def test_exemplars_of_a_prefix_lead_to_its_traces(job: Job) -> None:
+    """Every query of the panels that show exemplars finds some, each with a trace."""
+    prefix = SCRAPE["prefix"]
+    shown = [target for target in targets(prefix) if target.exemplar]
+    assert {target.panel for target in shown} >= {"Peaks", "Growth"}
+    job.ours.values = {"prefix": "load"}
+    for target in shown:
+        series = wait_until(lambda: job.ours.exemplars(prefix, target))  # noqa: B023
+        assert {one["seriesLabels"]["task_prefix_name"] for one in series} == {"load"}
+        for one in series:
+            for exemplar in one["exemplars"]:
+                assert len(exemplar["labels"]["trace_id"]) == 32

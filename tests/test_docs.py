@@ -29,7 +29,7 @@ def _environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "TMPDIR": str(tmp_path)}
 
 
-@pytest.mark.parametrize("page", ["metrics.md", "settings.md"])
+@pytest.mark.parametrize("page", ["metrics.md", "settings.md", "alerts.md"])
 def test_generated_pages_are_current(page: str) -> None:
     """`make docs` would change nothing."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
@@ -145,6 +145,6 @@ def test_make_targets_of_the_readme_exist() -> None:
 
 def test_links_of_the_docs_lead_somewhere() -> None:
     """Each relative link of README and docs is a file of this repository."""
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

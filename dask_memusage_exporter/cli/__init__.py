@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from dask_memusage_exporter.cli.command import Verbs
+from dask_memusage_exporter.cli.dashboards import dashboards
 from dask_memusage_exporter.cli.demo import demo
 from dask_memusage_exporter.cli.doctor import doctor
 
@@ -19,7 +20,7 @@ def memusage() -> None:
 
 
 #: Every verb, in the order in which the help shows them.
-VERBS: tuple[click.Command, ...] = (demo, doctor)
+VERBS: tuple[click.Command, ...] = (demo, dashboards, doctor)
 
 for _verb in VERBS:
     memusage.add_command(_verb)

@@ -1,12 +1,11 @@
 """What a team switches on: dashboards, alerting rules and examples.
 
 :func:`files` gives all of it, filled in, for whoever has only the installed package; the templates
-are written by ``python -m grafana`` in the repository.
+of dashboards are written by ``python -m grafana`` in the repository.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,9 @@ from dask_memusage_exporter.monitoring import rules
 FLAVOURS = ("scrape", "otlp")
 
 _HERE = Path(__file__).parent
+
+#: Copied as they are, where metrics are scraped.
+_EXAMPLES = ("prometheus.yml", "alertmanager.yml")
 
 
 def files(
@@ -28,7 +30,8 @@ def files(
     Parameters
     ----------
     flavour
-        ``scrape`` or ``otlp``. The rules are for scraped names, so ``otlp`` has none.
+        ``scrape`` or ``otlp``. Rules and the examples beside them are for scraped names, so
+        ``otlp`` has none.
     namespace
         Dask's ``distributed.dashboard.prometheus.namespace``; may be empty. OpenTelemetry's names
         do not depend on it.
@@ -42,17 +45,25 @@ def files(
     """
     if flavour not in FLAVOURS:
         raise ValueError(f"flavour: {flavour!r} is not one of {', '.join(FLAVOURS)}")
-    # Checked for OTLP as well: a wrong call is wrong, whatever is made of it.
+    if flavour == "otlp" and thresholds:
+        raise ValueError(
+            "thresholds are of the alerting rules, which are for scraped names: "
+            "leave them out, or use the flavour scrape"
+        )
+    # Checks the namespace, whatever is made of it.
     alerts = rules.rules(namespace, thresholds)
     made = {
         f"dashboards/{file.name}": fill(file.read_text(), namespace)
         for file in sorted((_HERE / "dashboards" / flavour).glob("*.json"))
     }
+    for file in sorted((_HERE / "provisioning").glob("*/*.yaml")):
+        made[str(file.relative_to(_HERE))] = file.read_text()
     if flavour == "scrape":
         made["rules/dask-memusage.yaml"] = alerts
+        made.update({name: (_HERE / name).read_text() for name in _EXAMPLES})
     return made
 
 
 def fill(template: str, namespace: str) -> str:
     """Return a template with the metric namespace put in."""
-    return re.sub("%NAMESPACE%_", f"{namespace}_" if namespace else "", template)
+    return template.replace("%NAMESPACE%_", f"{namespace}_" if namespace else "")

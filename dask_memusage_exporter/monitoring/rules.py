@@ -26,9 +26,9 @@ _DURATION = re.compile(
 )
 _SECONDS = (604_800, 86_400, 3_600, 60, 1, 0.001)
 _NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
-_LABELS = re.compile(rf"(?:{_NAME}(?:\s*,\s*{_NAME})*)?", re.ASCII)
-_MATCHER = rf'{_NAME}\s*(?:=~|!~|!=|=)\s*"(?:[^"\\\n]|\\.)*"'
-_MATCHERS = re.compile(rf"(?:{_MATCHER}(?:\s*,\s*{_MATCHER})*)?", re.ASCII)
+_LABELS = re.compile(rf"(?:{_NAME}(?: *, *{_NAME})*)?", re.ASCII)
+_MATCHER = rf'{_NAME} *(=~|!~|!=|=) *"((?:[^"\\\n]|\\.)*)"'
+_MATCHERS = re.compile(rf"(?:{_MATCHER}(?: *, *{_MATCHER})*)?", re.ASCII)
 
 
 def thresholds() -> dict[str, dict[str, Any]]:
@@ -79,11 +79,13 @@ def checked(given: Mapping[str, object]) -> dict[str, str]:
     values = {
         name: _check(name, spec, given.get(name, spec["default"])) for name, spec in known.items()
     }
-    if _seconds(values["gap"]) < 2 * _seconds(values["step"]):
-        raise ValueError(
-            f"gap: {values['gap']} is less than two steps of {values['step']}; "
-            "raise gap or lower step"
-        )
+    step = values["step"]
+    for name, steps in (("gap", 2), ("regression-recent", 1), ("regression-baseline", 1)):
+        if _seconds(values[name]) < steps * _seconds(step):
+            raise ValueError(
+                f"{name}: {values[name]} is less than {steps} x step, which is {step}; "
+                f"raise {name} or lower step"
+            )
     return values
 
 
@@ -92,22 +94,35 @@ def _check(name: str, spec: Mapping[str, Any], value: object) -> str:
     unit = spec["unit"]
     bounds = f"from {spec['minimum']} to {spec['maximum']}" if "minimum" in spec else ""
     if unit == "duration":
-        if not _seconds(spec["minimum"]) <= _seconds(text) <= _seconds(spec["maximum"]):
-            raise ValueError(f"{name}: {text!r} is not a duration {bounds}, such as 90s, 15m or 7d")
+        right = _seconds(spec["minimum"]) <= _seconds(text) <= _seconds(spec["maximum"])
+        allowed = f"a duration {bounds}, such as 90s, 15m or 7d"
     elif unit == "labels":
-        if not _LABELS.fullmatch(text):
-            raise ValueError(f"{name}: {text!r} is not a list of labels such as {spec['default']}")
+        right = _LABELS.fullmatch(text) is not None
+        allowed = f"a list of labels such as {spec['default']}"
     elif unit == "matchers":
-        if not _MATCHERS.fullmatch(text):
-            raise ValueError(f'{name}: {text!r} are not label matchers such as job="dask"')
+        right = _MATCHERS.fullmatch(text) is not None and _are_patterns(text)
+        allowed = 'a list of label matchers such as job="dask", namespace=~"team-.*"'
     elif unit == "text":
-        if not text or re.search(r'[\s"\\%{}]', text):
-            raise ValueError(
-                f"{name}: {text!r} is not a path or address to put before a page's name"
-            )
-    elif not spec["minimum"] <= _number(value) <= spec["maximum"]:
-        raise ValueError(f"{name}: {text!r} is not a number of {unit} {bounds}")
+        text = text.rstrip("/")
+        right = text != "" and re.search(r'[\s"\\%{}]', text) is None
+        allowed = "a path or address to put before a page's name"
+    else:
+        right = spec["minimum"] <= _number(value) <= spec["maximum"]
+        allowed = f"a number of {unit} {bounds}"
+    if not right:
+        raise ValueError(f"{name}: {value!r} is not {allowed}")
     return text
+
+
+def _are_patterns(matchers: str) -> bool:
+    # As Python has them, which is more than RE2 takes: Prometheus tells the rest.
+    for operator, pattern in re.findall(_MATCHER, matchers):
+        if "~" in operator:
+            try:
+                re.compile(pattern.replace("\\\\", "\\"))
+            except re.error:
+                return False
+    return True
 
 
 def _number(value: object) -> float:
