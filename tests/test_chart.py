@@ -138,6 +138,21 @@ WRONG: list[tuple[str, list[str], str]] = [
         settings(cluster__kind="operator"),
         r"has no kubernetes.dask.org/v1/DaskCluster; install the Dask operator first",
     ),
+    (
+        "no other monitors",
+        settings(monitors__preset="", monitors__upstreamEnabled=True, cluster__kind="plain"),
+        r"no other chart has monitors for cluster.kind=plain; leave it false",
+    ),
+    (
+        "an image without the package",
+        settings(monitors__preset="", cluster__kind="plain", package__install=False),
+        r"the package is not in ghcr.io/dask/dask.*or leave package.install=true",
+    ),
+    (
+        "an image without jemalloc",
+        settings(monitors__preset="", cluster__kind="plain", config__jemalloc__enabled=True),
+        r"ghcr.io/dask/dask has no jemalloc; give cluster.image.repository an image that has it",
+    ),
     ("a release", settings(monitors__release="x"), r"monitors.release goes with monitors.preset=d"),
     (
         "bounds",
@@ -308,6 +323,31 @@ def test_every_part_can_be_left_out(helm: Helm) -> None:
     kinds = [one["kind"] for one in helm.render(*everything)]
     assert not {"ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"} & set(kinds)
     assert kinds.count("NetworkPolicy") == kinds.count("PodDisruptionBudget") == 2
+
+
+def test_workers_are_not_scraped_unless_asked_for(helm: Helm) -> None:
+    """Hundreds of workers' pages are for whoever wants them; the scheduler's page has all tasks."""
+    for values in (PRESET, settings(cluster__kind="plain")):
+        kinds = [one["kind"] for one in helm.render(*values)]
+        assert kinds.count("ServiceMonitor") == 1
+        assert "PodMonitor" not in kinds
+
+
+def test_the_resource_of_opentelemetry_has_namespace_and_node(helm: Helm) -> None:
+    """Where it is asked for, and nobody has set it; pods have no token to find it out with."""
+
+    def environment(*variables: dict[str, str]) -> list[dict[str, Any]]:
+        asked = settings(cluster__kind="plain", config__environment=list(variables))
+        (pod, _) = pods(of_kind(helm.render(*asked), "Deployment"))
+        (container,) = pod.spec["containers"]
+        return [one for one in container["env"] if one["name"] == "OTEL_RESOURCE_ATTRIBUTES"]
+
+    endpoint = {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4318"}
+    mine = {"name": "OTEL_RESOURCE_ATTRIBUTES", "value": "a=b"}
+    (found,) = environment(endpoint)
+    assert found["value"] == "k8s.namespace.name=science,k8s.node.name=$(K8S_NODE_NAME)"
+    assert environment(endpoint, mine) == [mine]
+    assert environment() == []
 
 
 def test_additional_labels_are_on_every_kind_that_an_operator_selects(helm: Helm) -> None:

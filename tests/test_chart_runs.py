@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -107,6 +108,7 @@ def deployed(
             cluster__worker__extraArgs=loopback,
             cluster__worker__threads=2,
             package__requirement=wheel.as_uri(),
+            cluster__image__repository="registry.example.com/dask",
             config__jemalloc={"enabled": True, "library": jemalloc},
             config__dask={"distributed": {"comm": {"timeouts": {"connect": "20s"}}}},
         )
@@ -117,8 +119,11 @@ def deployed(
     try:
         scheduler = kubelet.pod("scheduler-0", made["scheduler"], scheduler=True)
         worker = kubelet.pod("worker-0", made["worker"])
-        installing = scheduler.install(), worker.install()
-        said = "".join(container.end(150) for container in installing)
+        said = scheduler.install().end(150)
+        # It would be the same once more.
+        assert scheduler.spec["initContainers"] == worker.spec["initContainers"]
+        packages = (pod.volume("dask-memusage") for pod in (scheduler, worker))
+        shutil.copytree(*packages, symlinks=True, dirs_exist_ok=True)
         one = Deployed(kubelet, rendered, said)
         one.scheduler_pod, one.worker_pod = scheduler, worker
         one.scheduler, one.worker = scheduler.start(), worker.start()
@@ -133,12 +138,10 @@ def deployed(
 
 def test_only_what_the_image_lacks_is_installed(deployed: Deployed) -> None:
     """The package and what it needs comes beside the image's Dask, and no second Dask before it."""
-    lines = re.findall("^Successfully installed (.*)$", deployed.installed, re.MULTILINE)
-    assert len(lines) == 2
-    for line in lines:
-        names = {word.rpartition("-")[0] for word in line.split()}
-        assert {"dask-memusage-exporter", "prometheus-client", "opentelemetry-sdk"} <= names
-        assert not names & {"dask", "distributed", "numpy", "psutil", "click"}
+    (line,) = re.findall("^Successfully installed (.*)$", deployed.installed, re.MULTILINE)
+    names = {word.rpartition("-")[0] for word in line.split()}
+    assert {"dask-memusage-exporter", "prometheus-client", "opentelemetry-sdk"} <= names
+    assert not names & {"dask", "distributed", "numpy", "psutil", "click"}
 
 
 def test_a_job_is_measured_on_both_pages(deployed: Deployed) -> None:
@@ -182,6 +185,30 @@ def test_the_charts_own_test_passes(deployed: Deployed) -> None:
     (pod,) = pods(of_kind(deployed.rendered, "Pod"))
     said = deployed.kubelet.pod("test", pod).start().end(90)
     assert 'task_prefix_name="helm-test"' in said
+
+
+def test_a_worker_without_the_package_works_and_is_counted(deployed: Deployed) -> None:
+    """A pod whose init container has installed nothing: its tasks run, the page says missing."""
+    (made,) = (one for one in pods(deployed.rendered) if one.where.endswith("-worker"))
+    bare = deployed.kubelet.pod("bare", made).start()
+
+    def missing() -> float:
+        return deployed.metrics().total("dask_scheduler_task_memory_workers", source="missing")
+
+    wait_until(lambda: missing() == 1, timeout=60, what="the worker to join")
+    future = deployed.client.submit(abs, -1, workers="bare", key="bare-1")
+    assert future.result() == 1
+    bare.terminate()
+    bare.wait(30)
+    wait_until(lambda: missing() == 0, what="the worker to leave")
+
+
+def test_a_scheduler_without_the_package_says_what_is_missing(deployed: Deployed) -> None:
+    """It ends at once, with the module's name in its log, and measures nothing in silence."""
+    (made,) = (one for one in pods(deployed.rendered) if one.where.endswith("-scheduler"))
+    bare = deployed.kubelet.pod("bare-scheduler", made).start()
+    assert bare.wait(60) != 0
+    assert "ModuleNotFoundError: No module named 'dask_memusage_exporter'" in bare.log
 
 
 def test_a_worker_that_is_killed_is_named(deployed: Deployed) -> None:

@@ -87,12 +87,27 @@ dask_cluster: {{ include "memusage.cluster" .root }}
 - {name: DASK_SCHEDULER_ADDRESS, value: "tcp://{{ include "memusage.cluster" .root }}-scheduler.{{ .root.Release.Namespace }}.svc:8786"}
 {{- end }}
 {{- end }}
+{{- if include "memusage.wantsResource" .root }}
+# What OpenTelemetry cannot find out itself: there is no token to ask with.
+- name: K8S_NODE_NAME
+  valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+- {name: OTEL_RESOURCE_ATTRIBUTES, value: "k8s.namespace.name={{ .root.Release.Namespace }},k8s.node.name=$(K8S_NODE_NAME)"}
+{{- end }}
 {{- with $values.config.environment }}
 {{ toYaml . }}
 {{- end }}
 {{- with (index $values.cluster .role).environment }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{/* Whether OpenTelemetry is asked for, and its resource is left to us: "true", or nothing. */}}
+{{- define "memusage.wantsResource" -}}
+{{- $names := list -}}
+{{- range .Values.config.environment -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- if and (contains "OTEL_" (join "," $names)) (not (has "OTEL_RESOURCE_ATTRIBUTES" $names)) -}}true{{- end -}}
 {{- end -}}
 
 {{- define "memusage.probe" -}}
