@@ -71,7 +71,12 @@ def test_everything_that_is_rendered_is_valid(
     for kubernetes in VERSIONS:
         rendered = [
             Helm(component(name)).render(
-                *options(values), apis=apis, kubernetes=kubernetes, dashboards=kubernetes == OLDEST
+                *options(values),
+                apis=apis,
+                kubernetes=kubernetes,
+                # The one flavour and the other, once: a megabyte of JSON each.
+                dashboards=kubernetes == OLDEST
+                and values.stem in ("dask-values", "operator-values"),
             )
             for name in HELMS
         ]

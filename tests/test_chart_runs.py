@@ -204,7 +204,7 @@ def test_a_worker_without_the_package_works_and_is_counted(deployed: Deployed) -
 
 
 def test_a_scheduler_without_the_package_says_what_is_missing(deployed: Deployed) -> None:
-    """It ends at once, with the module's name in its log, and measures nothing in silence."""
+    """It ends at once and names the module, rather than measure nothing in silence."""
     (made,) = (one for one in pods(deployed.rendered) if one.where.endswith("-scheduler"))
     bare = deployed.kubelet.pod("bare-scheduler", made).start()
     assert bare.wait(60) != 0

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from tests.charts import Helm, Resource, of_kind, pods, settings, the
 
+dask_kubernetes = pytest.importorskip("dask_kubernetes")
 make_cluster_spec = pytest.importorskip("dask_kubernetes.operator").make_cluster_spec
 controller = pytest.importorskip("dask_kubernetes.operator.controller.controller")
 
@@ -376,8 +379,28 @@ def test_pods_of_a_cluster_of_its_own_reach_each_other(helm: Helm) -> None:
                 pod for pod in own if matches(policy["podSelector"], pod["metadata"]["labels"])
             )
             inside, metrics = policy["ingress"]
+            within = [one for one in inside["from"] if "namespaceSelector" not in one]
             for labels in (client, *(one["metadata"]["labels"] for one in own)):
-                assert any(matches(one["podSelector"], labels) for one in inside["from"])
+                assert any(matches(one["podSelector"], labels) for one in within)
             allowed = {one["port"] for one in inside["ports"]}
             assert allowed == set(container_ports(pod))
             assert metrics["ports"] == [{"port": "http-dashboard", "protocol": "TCP"}]
+
+
+def test_the_operator_reaches_the_scheduler_that_it_scales(helm: Helm) -> None:
+    """Its own chart's pod, from whatever namespace; else it would take workers with their data."""
+    chart = Path(dask_kubernetes.__file__).parent / "operator/deployment/helm"
+    done = helm.run("template", "dask-operator", str(chart / "dask-kubernetes-operator"))
+    assert done.returncode == 0, done.stderr
+    (operator,) = of_kind(list(yaml.safe_load_all(done.stdout)), "Deployment")
+    labels = deployed(operator)["metadata"]["labels"]
+    for kind, expected in (("operator", 1), ("plain", 0)):
+        policy = the(monitors(helm, cluster__kind=kind), "NetworkPolicy", SCHEDULER)["spec"]
+        inside = policy["ingress"][0]
+        let_in = [
+            one
+            for one in inside["from"]
+            if one.get("namespaceSelector") == {} and matches(one["podSelector"], labels)
+        ]
+        assert len(let_in) == expected
+        assert "tcp-comm" in {one["port"] for one in inside["ports"]}
