@@ -197,3 +197,8 @@ def settings(**values: Any) -> list[str]:
         for name, value in values.items()
         for word in ("--set-json", f"{name.replace('__', '.')}={json.dumps(value)}")
     ]
+
+
+def options(values: Path) -> list[str]:
+    """Return Helm's options for a file of values."""
+    return ["--values", str(values)]

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ from tests.containers import SOURCES
 
 DOCS = (ROOT / "docs" / "kubernetes.md").read_text()
 BEGINS = {"dask": "scheduler:", "operator": "spec:", "gateway": "gateway:"}
-
-
-@pytest.fixture(scope="module")
-def helm(component: Callable[[str], str]) -> Helm:
-    """The newer Helm."""
-    return Helm(component("helm4"))
 
 
 def printed(helm: Helm, preset: str, **values: Any) -> Any:

@@ -25,12 +25,6 @@ SYSCTLS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def helm(component: Callable[[str], str]) -> Helm:
-    """The newer Helm."""
-    return Helm(component("helm4"))
-
-
 def objections(spec: dict[str, Any]) -> Iterator[str]:
     """Return what `restricted`, which has `baseline` in it, says against a pod."""
     own = spec.get("securityContext", {})
