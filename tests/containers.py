@@ -46,7 +46,7 @@ if __name__ == "__main__":
 #: All but the volumes read-only, in namespaces of its own; PID 1 is what comes after.
 _ISOLATED = (
     'volumes=$1; shift; mount --make-rprivate / && mount --bind "$volumes" "$volumes" && '
-    'for other in / /tmp /var /home /work /root; do mountpoint -q "$other" && '
+    'for other in / /tmp /var /home /root; do mountpoint -q "$other" && '
     'mount -o remount,bind,ro "$other"; done; '
     'for map in "$volumes"/config; do test ! -d "$map" || '
     '{ mount --bind "$map" "$map" && mount -o remount,bind,ro "$map"; }; done; exec "$@"'

@@ -89,7 +89,7 @@ class Deployed:
 
     def wait_for_the_next(self, known: str) -> None:
         """Wait for a worker that is another process than the known one."""
-        wait_until(lambda: self.process() not in ("", known), what="the next worker")
+        wait_until(lambda: self.process() not in ("", known), 90, "the next worker")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def deployed(
         one.scheduler_pod, one.worker_pod = scheduler, worker
         one.scheduler, one.worker = scheduler.start(), worker.start()
         address = f"tcp://127.0.0.1:{kubelet.services[8786]}"
-        wait_until(lambda: "Scheduler at" in one.scheduler.log, what=one.scheduler.log)
+        wait_until(lambda: "Scheduler at" in one.scheduler.log, 60, "the scheduler")
         with Client(address, timeout=30) as one.client:
             one.client.wait_for_workers(1, timeout=60)
             yield one
@@ -235,7 +235,7 @@ def test_a_container_that_is_killed_for_memory_tells_its_story(deployed: Deploye
     with deployed.task_that_waits("outage-1"):
         deployed.worker.kill()
         deployed.worker = deployed.worker_pod.start()
-        wait_until(lambda: deployed.killed("outage") == {"lost": 1}, what="the kill")
+        wait_until(lambda: deployed.killed("outage") == {"lost": 1}, 90, "the kill")
     (line,) = (one for one in deployed.scheduler.log.splitlines() if "'outage-1'" in one)
     assert "last seen peak of the process" in line
     deployed.wait_for_the_next(known)
