@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Of the newest releases only: nothing that the chart's tests check depends on the version of Dask.
+TEST_EXTRAS ?= chart
 # Tests wait for processes to start and end most of the time: two run at once on two cores.
 TEST_WORKERS ?= 2
 BIN = $(VENV)/bin
@@ -13,13 +15,13 @@ BIN = $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/dask memusage demo $(DEMO_ARGS)
 
-test: $(VENV)/installed-test
-	tests/install-components
+test: $(VENV)/installed-test $(addprefix $(VENV)/installed-,$(TEST_EXTRAS))
+	PYTHON=$(BIN)/python tests/install-components
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 # The oldest releases that pyproject.toml declares, in an environment of their own.
 test-floor:
-	$(MAKE) test VENV=.venv-floor CONSTRAINT=tests/floor.txt TEST_ARGS="$(TEST_ARGS)"
+	$(MAKE) test VENV=.venv-floor CONSTRAINT=tests/floor.txt TEST_EXTRAS= TEST_ARGS="$(TEST_ARGS)"
 
 # Spans against a real store of traces. That takes minutes to install (850 MB), in an environment of
 # its own, so it is no part of `make test`, which runs it where it is installed already.
@@ -46,6 +48,7 @@ pictures: $(VENV)/installed-pictures
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
+	$(BIN)/python deploy/helm/generate.py
 
 clean:
 	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
@@ -60,6 +63,12 @@ $(STORE)/installed: tests/store.txt
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . $(if $(CONSTRAINT),-c $(CONSTRAINT))
+	touch $@
+
+# With what makes the Dask operator's objects, and its definitions: no client of Kubernetes with it.
+$(VENV)/installed-chart: pyproject.toml | $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[chart]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps dask-kubernetes==2026.3.0
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python

@@ -252,6 +252,14 @@ def component() -> Callable[..., str]:
     return find
 
 
+@pytest.fixture(scope="session")
+def helm(component: Callable[[str], str]) -> Any:
+    """Return the newer Helm, see ``tests.charts``."""
+    from tests.charts import Helm
+
+    return Helm(component("helm4"))
+
+
 def run_cli(*arguments: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess:
     """Run ``dask ARGUMENTS`` as a process and return what it printed."""
     return subprocess.run(

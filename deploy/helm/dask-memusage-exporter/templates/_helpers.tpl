@@ -1,0 +1,88 @@
+{{/* Names and labels. 53 characters: the operator refuses longer names of clusters. */}}
+{{- define "memusage.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 53 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "memusage.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 53 | trimSuffix "-" -}}
+{{- else if contains (include "memusage.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 53 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "memusage.name" .) | trunc 53 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The cluster's name, also the value of the label dask_cluster. */}}
+{{- define "memusage.cluster" -}}
+{{- $fullname := include "memusage.fullname" . -}}
+{{- if and (eq .Values.cluster.kind "operator") .Values.cluster.operator.generation -}}
+{{- $suffix := printf "-%d" (int .Values.cluster.operator.generation) -}}
+{{- printf "%s%s" ($fullname | trunc (sub 53 (len $suffix) | int) | trimSuffix "-") $suffix -}}
+{{- else -}}
+{{- $fullname -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "memusage.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "memusage.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "memusage.labels" -}}
+{{ include "memusage.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* What selects the pods of a cluster of our own, as JSON. Arguments: root, role. */}}
+{{- define "memusage.podSelector" -}}
+{{- if eq .root.Values.cluster.kind "operator" -}}
+{{- dict "dask.org/cluster-name" (include "memusage.cluster" .root) "dask.org/component" .role | toJson -}}
+{{- else -}}
+{{- $labels := include "memusage.selectorLabels" .root | fromYaml -}}
+{{- set $labels "app.kubernetes.io/component" .role | toJson -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Pods with this label are clients of the cluster of our own. */}}
+{{- define "memusage.clientLabel" -}}
+{{ include "memusage.fullname" . }}-client
+{{- end -}}
+
+{{- define "memusage.serviceAccount" -}}
+{{- if .Values.cluster.serviceAccount.create -}}
+{{- default (include "memusage.fullname" .) .Values.cluster.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.cluster.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "memusage.image" -}}
+{{- with .Values.cluster.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ .tag }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether the Prometheus operator's kinds are there: "true", or nothing. */}}
+{{- define "memusage.hasMonitors" -}}
+{{- if .Capabilities.APIVersions.Has "monitoring.coreos.com/v1" -}}true{{- end -}}
+{{- end -}}
+
+{{/* Name of a metric from a name with %NAMESPACE%_, which may be empty. */}}
+{{- define "memusage.metricPrefix" -}}
+{{- if .Values.metricNamespace -}}{{ .Values.metricNamespace }}_{{- end -}}
+{{- end -}}
+
+{{/* A number as it was written: values come as floats, and 1e+06 is no duration. */}}
+{{- define "memusage.plain" -}}
+{{- if and (kindIs "float64" .) (eq . (floor .)) -}}{{ int64 . }}{{- else -}}{{ . }}{{- end -}}
+{{- end -}}
