@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,12 +38,14 @@ class _Pages(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path != "/":
-            return super().do_GET()
+            # The browser needs no icon of a page that it has left.
+            with suppress(ConnectionError):
+                super().do_GET()
+            return
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
         self.wfile.write(_PAGE.encode())
-        return None
 
     def log_message(self, *_: Any) -> None:
         """Say nothing of every file."""
@@ -100,6 +102,12 @@ def picture(page: Page, url: str, file: Path, asked: dict[str, Any]) -> None:
     page.goto(url)
     page.evaluate("asked => window.draw(asked)", asked)
     page.wait_for_function("window.isDrawn() || window.faults().length > 0", timeout=60_000)
+    # Icons come after data: each panel with a description has one.
+    page.wait_for_function(
+        "most => document.querySelectorAll('[data-testid=icon-info-circle]').length >= most",
+        arg=sum("description" in panel for panel in panels),
+        timeout=60_000,
+    )
     page.wait_for_load_state("networkidle")
     faults += page.evaluate("window.faults()")
     if faults:
