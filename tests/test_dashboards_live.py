@@ -140,6 +140,12 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
         )
         servers.client.wait_for_workers(2)
         workers = set(servers.addresses().values())
+        ports = {
+            about["services"]["dashboard"]: address
+            for address, about in servers.client.scheduler_info()["workers"].items()
+        }
+        scraped = ports.pop(port)
+        (unscraped,) = ports.values()
         program = component("prometheus")
 
         def scraping(name: str, *ports: int, **how: Any) -> Prometheus:
@@ -153,9 +159,12 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
         total = "sum(dask_{}_task_memory_tasks_total)"
 
         def seen() -> int:
-            count = len(rows(csv))
+            written = rows(csv)
+            count = len(written)
             for one, server in ((full, "scheduler"), (alone, "scheduler"), (store, "worker")):
                 wait_until(lambda: one.query(total.format(server)) == [count], 60, total)  # noqa: B023
+            own = [sum(row["worker"] == scraped for row in written)]
+            wait_until(lambda: full.query(total.format("worker")) == own, 60, "the worker's page")
             return count
 
         submit(servers, 1, [60, 80, 100, 120])
@@ -163,13 +172,7 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
         start = time.time()
         submit(servers, 2, [90, 120, 150, 180])
         seen()
-        # Not the one that is scraped.
-        (address,) = (
-            address
-            for address, about in servers.client.scheduler_info()["workers"].items()
-            if about["services"]["dashboard"] != port
-        )
-        kill_one(servers, address, directory)
+        kill_one(servers, unscraped, directory)
         killed = 'dask_scheduler_task_memory_killed_tasks_total{cause="signal"} > 0'
         for one in (full, alone):
             wait_until(lambda: one.query(killed) == [1], what="the kill")  # noqa: B023
