@@ -184,12 +184,17 @@ def test_by_hand(sent: tuple[Measured, Received], application: Application) -> N
         cluster.client.submit(tasks.nothing, key="inside-1").result()
         with application.tracer.start_as_current_span("inner"):
             cluster.client.submit(tasks.nothing, key="deeper-1").result()
+        actor = cluster.client.submit(tasks.Spanned, actor=True, key="called-1").result()
+        actor.current().result()
     with application.tracer.start_as_current_span("unrelated"):
         cluster.client.submit(tasks.nothing, key="outside-1").result()
     ids = application.ids()
     assert one_span(received, "inside").data.parent_span_id.hex() == ids["named"][1]
     assert one_span(received, "deeper").data.parent_span_id.hex() == ids["inner"][1]
     assert not one_span(received, "outside").data.parent_span_id
+    # To make an actor is a task; its calls are not submitted, and each is a trace of its own.
+    assert one_span(received, "called").data.parent_span_id.hex() == ids["named"][1]
+    assert not one_span(received, "called.current").data.parent_span_id
     submission.unwrap()
 
 
