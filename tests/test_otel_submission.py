@@ -26,6 +26,7 @@ from tests.conftest import Measured, wait_until
 from tests.receivers import Received, receiver, variables
 from tests.servers import Servers
 from tests.test_environments import ENVIRONMENTS
+from tests.test_otel_failures import BUSY, PROMISED, closed_in
 from tests.test_otel_spans import one_span, spanned
 
 
@@ -310,6 +311,7 @@ def test_a_worker_under_opentelemetry_instrument(nanny: str, tmp_path: Path) -> 
                 OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
                 OTEL_TRACES_EXPORTER="otlp",
                 OTEL_METRICS_EXPORTER="otlp",
+                OTEL_EXPORTER_OTLP_TIMEOUT="1",
             )
             servers.scheduler()
             under = (sys.executable, "-c", INSTRUMENT)
@@ -325,7 +327,13 @@ def test_a_worker_under_opentelemetry_instrument(nanny: str, tmp_path: Path) -> 
             peak = "dask.worker.task.memory.peak"
             wait_until(lambda: received.total(peak, "under") == 1)
             assert {point.resource["service.name"] for point in received.points()} == {"under"}
+            # Its end, with last figures for a receiver that answers no longer, is in time.
+            received.answers.clear()
+            servers.client.submit(tasks.nothing, key="last-1").result()
             assert worker.stop() == 0
+            assert not worker.lines("still alive")
+            (took,) = closed_in(worker.log)
+            assert took < PROMISED + BUSY
             assert "Traceback" not in worker.log
             assert "verriding" not in worker.log
     finally:
