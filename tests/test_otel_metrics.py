@@ -132,6 +132,7 @@ def test_kills_come_from_the_scheduler() -> None:
 
         cluster.client.submit(tasks.array, 1, key="doomed-1").result()
         wait_until(lambda: by_cause() == {"memory": 0, "signal": 0, "lost": 0})
+        wait_until(lambda: received.total(TASKS, "doomed") == 1)  # the worker's own has come
         assert not received.points(peak)
         future = cluster.client.submit(grow, 50, 0.05, 400, key="doomed-2")
         kill_when_running(cluster, "doomed", 350)
