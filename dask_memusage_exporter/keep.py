@@ -1,8 +1,8 @@
 """Which spans are kept, once it is known what was measured: those that stand out, and parents.
 
 Covers: the settings ``memusage.spans.keep``; which task spans have children, by a look at every
-span that starts through a provider of the SDK's.
-Does not cover: children in other processes that were not started through a span here.
+span that starts through a provider of the SDK's, and at what tasks submit (``submission``).
+Does not cover: other children in other processes that were not started through a span here.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry.trace import TracerProvider
+from opentelemetry.trace import SpanContext, TracerProvider
 
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.failures import Failure
+from dask_memusage_exporter.measure.scopes import FLOOR_BYTES, SHARE
 from dask_memusage_exporter.records import TaskMemory
 
 if TYPE_CHECKING:
@@ -48,10 +49,15 @@ class Keep:
         if kind not in self._largest and len(self._largest) >= 10_000:
             self._largest.clear()
         recent = [one for one in self._largest.get(kind, ()) if one[1] > now - self._window]
-        recent.append((value, now))
-        recent.sort(reverse=True)
-        self._largest[kind] = recent[: self._most]
-        return (value, now) in self._largest[kind]
+        if len(recent) == self._most:
+            # A process grows a little with each task. Were that enough, hardly any were left out.
+            smallest = min(recent)
+            if value - smallest[0] <= max(FLOOR_BYTES, SHARE * smallest[0]):
+                self._largest[kind] = recent
+                return False
+            recent.remove(smallest)
+        self._largest[kind] = [*recent, (value, now)]
+        return True
 
 
 class Children:
@@ -63,7 +69,10 @@ class Children:
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:  # noqa: ARG002  # the SDK's
         """Note its parent, where that is a task's span."""
-        parent = getattr(span, "parent", None)
+        self.note(getattr(span, "parent", None))
+
+    def note(self, parent: SpanContext | None) -> None:
+        """Note that a span has a child, where it is a task's."""
         one = None if parent is None else self.open.get(parent.span_id)
         if one is not None:
             one.children = True
@@ -83,6 +92,12 @@ class Children:
 
 
 _watched: weakref.WeakKeyDictionary[TracerProvider, Children] = weakref.WeakKeyDictionary()
+
+
+def note_parent(parent: SpanContext) -> None:
+    """Note that a span has children, or links to it, that may be in other processes."""
+    for watch in list(_watched.values()):
+        watch.note(parent)
 
 
 def children_of(provider: Any) -> Children | None:

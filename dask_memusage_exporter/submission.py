@@ -31,6 +31,9 @@ _PARENT = "traceparent"
 #: The annotation that makes a task's span the root of its own trace, linked to the current span.
 LINK = "memusage-link"
 
+#: Loaded where tasks have spans, of which some may be left out.
+_KEEP = "dask_memusage_exporter.keep"
+
 #: Whether the instrumentor is on; the annotation that a block of :func:`traced` gives, if any.
 _always = False
 _traced: ContextVar[str | None] = ContextVar("memusage-traced", default=None)
@@ -85,10 +88,13 @@ def carrier(name: str = _PARENT) -> dict[str, str]:
     """
     if "opentelemetry.trace" not in sys.modules:
         return {}
+    from opentelemetry.trace import get_current_span
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     annotations: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(annotations)
+    if annotations and (keep := sys.modules.get(_KEEP)) is not None:  # in a task: it is a parent
+        keep.note_parent(get_current_span().get_span_context())
     if name != _PARENT and _PARENT in annotations:
         return {name: annotations[_PARENT]}
     return annotations

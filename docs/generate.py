@@ -51,7 +51,7 @@ METRICS_TAIL = """
   `sum by (task_prefix_name) (rate(dask_scheduler_task_memory_growth_bytes_sum[10m])) / sum by
   (task_prefix_name) (rate(dask_scheduler_task_memory_growth_bytes_count[10m]))`
 - **Share of tasks whose growth is known**, to be read beside it:
-  `sum by (task_prefix_name) (rate(dask_scheduler_task_memory_tasks_total{scope="process"}[10m])) /
+  `sum by (task_prefix_name) (rate(dask_scheduler_task_memory_tasks_total{scope!="shared"}[10m])) /
   sum by (task_prefix_name) (rate(dask_scheduler_task_memory_tasks_total[10m]))`
 - **95th percentile of peaks** (within a bucket's width):
   `histogram_quantile(0.95, sum by (le, task_prefix_name)

@@ -493,6 +493,14 @@ def starts_child(name: str) -> None:
         pass
 
 
+def submits_failing(key: str, there: str) -> None:
+    """Have another task run on a worker that fails, as part of this one's trace."""
+    from dask_memusage_exporter import traced
+
+    with traced():
+        get_client().submit(fail, 1, key=key, workers=there).exception()
+
+
 def annotations(*_: Any) -> dict[str, Any]:
     """Return what the task that runs here is annotated with."""
     worker = get_worker()

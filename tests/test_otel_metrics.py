@@ -24,6 +24,7 @@ from tests.conftest import (
     wait_until,
 )
 from tests.receivers import Received, receiver, variables
+from tests.test_kills import grow, kill_when_running
 
 NAMES = {spec.otel.name: spec for spec in catalog.METRICS if spec.otel is not None}
 
@@ -118,6 +119,31 @@ def test_counters_stand_at_0_first(sent: tuple[Measured, Received]) -> None:
     points = received.points("dask.memusage.dropped_records")
     assert {point.attributes["dask.memusage.drop.reason"] for point in points} == set(DROP_REASONS)
     assert {point.value for point in received.latest("dask.memusage.errors")} == {0}
+
+
+def test_kills_come_from_the_scheduler() -> None:
+    """Which kind of task was killed, of what and how high; all causes are at 0 before."""
+    killed, peak = (f"dask.scheduler.task.memory.killed_{one}" for one in ("tasks", "last_peak"))
+    with sending(config={"distributed.scheduler.allowed-failures": 0}) as (cluster, received):
+
+        def by_cause() -> dict[str, float]:
+            points = received.latest(killed, **{"dask.task.prefix.name": "doomed"})
+            return {point.attributes["dask.task.kill.cause"]: point.value for point in points}
+
+        cluster.client.submit(tasks.array, 1, key="doomed-1").result()
+        wait_until(lambda: by_cause() == {"memory": 0, "signal": 0, "lost": 0})
+        wait_until(lambda: received.total(TASKS, "doomed") == 1)  # the worker's own has come
+        assert not received.points(peak)
+        future = cluster.client.submit(grow, 50, 0.05, 400, key="doomed-2")
+        kill_when_running(cluster, "doomed", 350)
+        wait_until(lambda: by_cause() == {"memory": 0, "signal": 1, "lost": 0})
+        assert future.exception() is not None
+        (last,) = received.latest(peak)
+        (record,) = [one for one in cluster.records.of("doomed") if one.status == "killed"]
+        assert last.attributes == {"dask.task.prefix.name": "doomed"}
+        assert last.value == record.peak_bytes
+        # What has died is no task that was measured to its end.
+        assert received.total(TASKS, "doomed") == 1
 
 
 def test_each_process_is_an_instance_of_its_own(sent: tuple[Measured, Received]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import pytest
 from distributed import Client
 
 from dask_memusage_exporter import install, providers
+from dask_memusage_exporter.aggregate import OVERFLOW
+from dask_memusage_exporter.exporters import otlp
 from dask_memusage_exporter.health import Health
 from tests import tasks
 from tests.conftest import local_cluster, measured, wait_until
 from tests.receivers import Received, receiver, variables
 
-PEAK = "dask.worker.task.memory.peak"
+PEAK, TASKS = "dask.worker.task.memory.peak", "dask.worker.task.memory.tasks"
+PREFIX = "dask.task.prefix.name"
 
 
 @pytest.fixture(autouse=True)
@@ -235,8 +238,9 @@ def test_an_idle_scheduler_follows_an_application(monkeypatch: pytest.MonkeyPatc
     own.shutdown()
 
 
-def test_an_applications_instruments_outlive_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clusters come and go in one process: what has gone is observed no longer, and counts stay."""
+@pytest.fixture
+def values(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], dict[str, float]]]:
+    """What an application's own MeterProvider has of a metric, summed by an attribute."""
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -249,12 +253,21 @@ def test_an_applications_instruments_outlive_us(monkeypatch: pytest.MonkeyPatch)
     def values(name: str, attribute: str) -> dict[str, float]:
         data = reader.get_metrics_data()
         metrics = [] if data is None else data.resource_metrics[0].scope_metrics[0].metrics
-        return {
-            point.attributes[attribute]: point.value
-            for metric in metrics
-            if metric.name == name
-            for point in metric.data.data_points
-        }
+        found: dict[str, float] = {}
+        for metric in metrics:
+            for point in metric.data.data_points if metric.name == name else ():
+                one = point.attributes[attribute]
+                found[one] = found.get(one, 0) + point.value
+        return found
+
+    yield values
+    own.shutdown()
+
+
+def test_an_applications_instruments_outlive_us(
+    values: Callable[[str, str], dict[str, float]],
+) -> None:
+    """Clusters come and go in one process: what has gone is observed no longer, and counts stay."""
 
     def workers() -> float | None:
         return values("dask.scheduler.task.memory.workers", "dask.memusage.source").get("kernel")
@@ -267,4 +280,20 @@ def test_an_applications_instruments_outlive_us(monkeypatch: pytest.MonkeyPatch)
         wait_until(lambda: workers() is None)
         spent.append(values("dask.memusage.time", "dask.memusage.stage")["record"])
     assert 0 < spent[1] < spent[2]
-    own.shutdown()
+
+
+def test_any_number_of_clusters_in_one_process(
+    values: Callable[[str, str], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Series of those that have gone are bounded; beyond that they count in the overflow."""
+    monkeypatch.setattr(otlp, "_MOST", 1)
+    counted = {}
+    for prefix in ("first", "second", "third"):
+        with measured(n_workers=1, processes=False) as cluster:
+            for i in range(3):
+                cluster.client.submit(tasks.nothing, key=f"{prefix}-{i}").result()
+            wait_until(lambda: values(TASKS, PREFIX).get(prefix) == 3)  # noqa: B023
+        counted = values(TASKS, PREFIX)
+        assert "third" not in counted
+    assert sum(counted.values()) == 9
+    assert counted[OVERFLOW] >= 6

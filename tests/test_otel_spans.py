@@ -436,6 +436,38 @@ def test_a_filter_keeps_what_stands_out(received: Received) -> None:
         ) == 4)  # fmt: skip
 
 
+def test_a_filter_leaves_out_what_is_hardly_larger() -> None:
+    """A process grows a little with each small task: few of them are among the largest."""
+    with spanned(config={"memusage.spans.keep.largest": 2}) as (cluster, received):
+        client = cluster.client
+        keys = [f"alike-{i}" for i in range(200)]
+        client.gather(client.map(tasks.nothing, range(200), key=keys))
+        client.submit(tasks.array, 100, key="alike-1000").result()
+        assert client.submit(tasks.fail, 1, key="failing-1").exception() is not None
+        one_span(received, "failing")  # the last to end
+        kept = [one.attributes["dask.task.key"] for one in received.spans("alike")]
+        assert "alike-1000" in kept
+        peaks = [record.peak_bytes for record in cluster.records.of("alike")]
+        assert 3 <= len(kept) < 20 < len(set(peaks))
+
+
+def test_a_filter_keeps_who_submitted_others() -> None:
+    """Its children may run in any process: what is submitted tells that it has some."""
+    config = {"memusage.spans.keep.peak": "1TiB"}
+    with spanned(config=config, n_workers=2) as (cluster, received):
+        client = cluster.client
+        here, there = cluster.cluster.scheduler.workers
+        client.submit(tasks.nothing, key="small-1", workers=here).result()
+        around = client.submit(
+            tasks.submits_failing, "within-1", there, key="around-1", workers=here
+        )
+        around.result()
+        within, around = one_span(received, "within"), one_span(received, "around")
+        assert within.resource["dask.worker.address"] == there
+        assert within.data.parent_span_id == around.data.span_id
+        assert not received.spans("small")
+
+
 def test_an_applications_processors_hear_the_end_of_spans_that_are_left_out(
     received: Received,
 ) -> None:

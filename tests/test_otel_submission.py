@@ -26,6 +26,7 @@ from tests.conftest import Measured, wait_until
 from tests.receivers import Received, receiver, variables
 from tests.servers import Servers
 from tests.test_environments import ENVIRONMENTS
+from tests.test_otel_failures import BUSY, PROMISED, closed_in
 from tests.test_otel_spans import one_span, spanned
 
 
@@ -184,12 +185,17 @@ def test_by_hand(sent: tuple[Measured, Received], application: Application) -> N
         cluster.client.submit(tasks.nothing, key="inside-1").result()
         with application.tracer.start_as_current_span("inner"):
             cluster.client.submit(tasks.nothing, key="deeper-1").result()
+        actor = cluster.client.submit(tasks.Spanned, actor=True, key="called-1").result()
+        actor.current().result()
     with application.tracer.start_as_current_span("unrelated"):
         cluster.client.submit(tasks.nothing, key="outside-1").result()
     ids = application.ids()
     assert one_span(received, "inside").data.parent_span_id.hex() == ids["named"][1]
     assert one_span(received, "deeper").data.parent_span_id.hex() == ids["inner"][1]
     assert not one_span(received, "outside").data.parent_span_id
+    # To make an actor is a task; its calls are not submitted, and each is a trace of its own.
+    assert one_span(received, "called").data.parent_span_id.hex() == ids["named"][1]
+    assert not one_span(received, "called.current").data.parent_span_id
     submission.unwrap()
 
 
@@ -284,8 +290,10 @@ dask-memusage = dask_memusage_exporter.instrumentor:DaskMemusageInstrumentor
 INSTRUMENT = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"
 
 
-def test_a_worker_under_opentelemetry_instrument(tmp_path: Path) -> None:
-    """No preload, no plugin: it measures, by the one provider that is set up there, once a task."""
+@pytest.mark.parametrize("nanny", ["--no-nanny", "--nanny"])
+def test_a_worker_under_opentelemetry_instrument(nanny: str, tmp_path: Path) -> None:
+    """No preload, no plugin: it measures, and each task has one span. Where the worker's process is
+    instrumented, which one under a nanny is by newer releases, that is by the provider there."""
     distribution = tmp_path / "distribution"
     about = distribution / "a_distribution-1.dist-info"
     about.mkdir(parents=True)
@@ -303,19 +311,37 @@ def test_a_worker_under_opentelemetry_instrument(tmp_path: Path) -> None:
                 OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
                 OTEL_TRACES_EXPORTER="otlp",
                 OTEL_METRICS_EXPORTER="otlp",
+                OTEL_EXPORTER_OTLP_TIMEOUT="1",
             )
             servers.scheduler()
             under = (sys.executable, "-c", INSTRUMENT)
-            worker = servers.worker("--no-nanny", env=env, under=under)
+            worker = servers.worker(nanny, env=env, under=under)
             servers.client.wait_for_workers(1, timeout=30)
+            (instrumented,) = servers.client.run(is_instrumented).values()
+            assert instrumented or nanny == "--nanny"
             servers.client.submit(tasks.starts_child, "library", key="under-1").result()
-            parent, child = one_span(received, "under"), one_span(received, "library")
-            assert child.data.parent_span_id == parent.data.span_id
+            parent = one_span(received, "under")
+            if instrumented:
+                child = one_span(received, "library")
+                assert child.data.parent_span_id == parent.data.span_id
             peak = "dask.worker.task.memory.peak"
             wait_until(lambda: received.total(peak, "under") == 1)
             assert {point.resource["service.name"] for point in received.points()} == {"under"}
+            # Its end, with last figures for a receiver that answers no longer, is in time.
+            received.answers.clear()
+            servers.client.submit(tasks.nothing, key="last-1").result()
             assert worker.stop() == 0
+            assert not worker.lines("still alive")
+            (took,) = closed_in(worker.log)
+            assert took < PROMISED + BUSY
             assert "Traceback" not in worker.log
             assert "verriding" not in worker.log
     finally:
         servers.close()
+
+
+def is_instrumented() -> bool:
+    """Return whether a provider of the SDK's has been set in this process."""
+    from opentelemetry import trace
+
+    return isinstance(trace.get_tracer_provider(), TracerProvider)

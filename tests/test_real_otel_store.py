@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from dask_memusage_exporter import install
 from tests import tasks
 from tests.conftest import FULL, local_cluster, rows, wait_until
 from tests.receivers import Received, receiver
-from tests.servers import VictoriaMetrics
+from tests.servers import VictoriaMetrics, free_port
 
 TASKS = 1_000
 KEYS = [f"stored-{i}" for i in range(TASKS)]
@@ -28,6 +30,40 @@ def store(component: Callable[[str], str], tmp_path: Path) -> Iterator[VictoriaM
     store = VictoriaMetrics(component("victoria-metrics"), tmp_path / "store")
     yield store
     store.stop()
+
+
+@pytest.fixture
+def collector(
+    component: Callable[[str, str], str], store: VictoriaMetrics, tmp_path: Path
+) -> Iterator[str]:
+    """The endpoint of a real collector that takes gRPC and hands on to the store by HTTP."""
+    package = find_spec("rotel")
+    directory = Path(package.origin).parent if package and package.origin else tmp_path
+    program = next((one.name for one in directory.glob("rotel-*")), "rotel")
+    address = f"127.0.0.1:{free_port()}"
+    options = {
+        "otlp-grpc-endpoint": address,
+        "otlp-http-endpoint": f"127.0.0.1:{free_port()}",
+        "exporter": "otlp",
+        "otlp-exporter-protocol": "http",
+        "otlp-exporter-metrics-endpoint": store.endpoint,
+        # It wants all three; nothing of these is sent here.
+        "otlp-exporter-traces-endpoint": f"{store.url}/none",
+        "otlp-exporter-logs-endpoint": f"{store.url}/none",
+    }
+    with (tmp_path / "collector.log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                component(program, str(directory)),
+                *("start", "--disable-batching"),
+                *(f"--{name}={value}" for name, value in options.items()),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    yield f"http://{address}"
+    process.terminate()
+    process.wait(30)
 
 
 @contextmanager
@@ -85,13 +121,15 @@ def test_metrics_over_http_and_spans_over_grpc(
             check_spans(traces, of_task)
 
 
+@pytest.mark.component("victoria-metrics")
+@pytest.mark.component("rotel")
 def test_metrics_over_grpc_and_spans_over_http(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: VictoriaMetrics, collector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other way round: the store of metrics takes HTTP only, so these are receivers of ours."""
-    with receiver("grpc") as metrics, receiver() as traces:
+    """The other way round: the store takes HTTP only, and a real collector stands before it."""
+    with receiver() as traces:
         for name, value in {
-            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": metrics.endpoint,
+            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": collector,
             "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "grpc",
             "OTEL_METRIC_EXPORT_INTERVAL": "500",
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{traces.endpoint}/v1/traces",
@@ -102,18 +140,22 @@ def test_metrics_over_grpc_and_spans_over_http(
         with a_thousand_tasks(
             tmp_path / "memusage.csv", dask.annotate(traceparent=f"00-{TRACE}-{PARENT}-01")
         ) as of_task:
-            peak, growth = (f"dask.worker.task.memory.{name}" for name in ("peak", "growth"))
-            wait_until(lambda: metrics.total(peak, "stored") == TASKS)
-            stored = {"dask.task.prefix.name": "stored"}
-            assert sum(one.data.sum for one in metrics.latest(peak, **stored)) == sum(
-                peaks(of_task)
-            )
+
+            def stored(name: str, more: str = "") -> list[float]:
+                labels = f'dask_task_prefix_name="stored"{more}'
+                return store.query(f"sum(dask_worker_task_memory_{name}{{{labels}}})")
+
+            wait_until(lambda: stored("peak_bytes_count") == [TASKS])
+            assert stored("peak_bytes_sum") == [sum(peaks(of_task))]
             grown = [int(g) for row in of_task.values() if (g := row["growth_bytes"])]
-            assert metrics.total(growth, "stored") == len(grown)
-            assert sum(one.data.sum for one in metrics.latest(growth, **stored)) == sum(grown)
-            assert len({one.resource["service.instance.id"] for one in metrics.latest(peak)}) == 4
+            if grown:
+                wait_until(lambda: stored("growth_bytes_count") == [len(grown)])
+                assert stored("growth_bytes_sum") == [sum(grown)]
             check_spans(traces, of_task)
             # A process is one instance, whatever it sends.
-            assert {one.resource["service.instance.id"] for one in traces.spans("stored")} == {
-                one.resource["service.instance.id"] for one in metrics.latest(peak)
-            }
+            instances = {one.resource["service.instance.id"] for one in traces.spans("stored")}
+            assert len(instances) == 4
+            counts = [
+                stored("peak_bytes_count", f', service_instance_id="{one}"') for one in instances
+            ]
+            assert sum(count for (count,) in counts) == TASKS

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from opentelemetry.metrics import Meter, MeterProvider, Observation
 
 from dask_memusage_exporter import __version__, catalog
-from dask_memusage_exporter.aggregate import Aggregate
+from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.records import TaskMemory
 
@@ -42,6 +42,11 @@ _RECORDED = frozenset(
         "task_memory_input_bytes",
     }
 )
+
+
+#: Series of clusters that have gone and labels that are remembered, as many as the SDK keeps of a
+#: metric. A process may see any number of clusters, each with prefixes of its own.
+_MOST = 2_000
 
 
 class Source(Protocol):
@@ -109,12 +114,17 @@ class Instruments:
             self.sources.remove(source)
             base = self._bases.pop(source)
             for count, value in _counts(source):
-                self._gone[count] = self._gone.get(count, 0) + value - base.get(count, 0)
+                gone = value - base.get(count, 0)
+                if count not in self._gone and len(self._gone) >= _MOST:
+                    count = _overflowing(*count)
+                self._gone[count] = self._gone.get(count, 0) + gone
 
     def record(self, record: TaskMemory, label: str) -> None:
         """Record one execution under a label that has passed our cap on prefixes."""
         attributes = self._attributes.get(label)
         if attributes is None:
+            if len(self._attributes) >= _MOST:
+                self._attributes.clear()
             attributes = self._attributes[label] = {catalog.ATTRIBUTES["task_prefix_name"]: label}
         self._peak.record(record.peak_bytes, attributes)
         if record.growth_bytes is not None:
@@ -151,6 +161,12 @@ class Instruments:
             except Exception as error:
                 source.health.error("export", error)
         return values
+
+
+def _overflowing(name: str, labels: _Labels) -> _Count:
+    """Return where a series of a prefix counts that has no label of its own."""
+    by_prefix = catalog.BY_NAME[name].labels[:1] == ("task_prefix_name",)
+    return name, (OVERFLOW, *labels[1:]) if by_prefix else labels
 
 
 def _counts(source: Source) -> Iterator[tuple[_Count, float]]:
