@@ -42,11 +42,11 @@ class Bootstrap(WorkerPlugin):
         try:
             from dask_memusage_exporter.worker import attach
 
-            agent = attach(worker, self.options)
-            # The agent's own method in our place: one call less a transition.
-            self.transition = agent.transition  # type: ignore[method-assign]
+            ours = attach(worker, self.options)
+            # Its own method in our place: one call less a transition.
+            self.transition = ours.transition  # type: ignore[method-assign]
             # An older version has none.
-            return getattr(agent, "introduction", lambda: None)()
+            return getattr(ours, "introduction", lambda: None)()
         except Exception as error:
             logger.warning(
                 "dask-memusage: tasks on this worker are not measured (%s: %s). They run as usual. "
