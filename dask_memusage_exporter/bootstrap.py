@@ -34,13 +34,19 @@ class Bootstrap(WorkerPlugin):
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
 
-    def setup(self, worker: Any) -> None:
-        """Import the package and begin; never raise: that would close the worker."""
+    def setup(self, worker: Any) -> Any:
+        """Import the package and begin; never raise: that would close the worker.
+
+        A worker that joins waits for what is returned before it takes tasks.
+        """
         try:
             from dask_memusage_exporter.worker import attach
 
-            # The agent's own method in our place: one call less a transition.
-            self.transition = attach(worker, self.options).transition  # type: ignore[method-assign]
+            ours = attach(worker, self.options)
+            # Its own method in our place: one call less a transition.
+            self.transition = ours.transition  # type: ignore[method-assign]
+            # An older version has none.
+            return getattr(ours, "introduction", lambda: None)()
         except Exception as error:
             logger.warning(
                 "dask-memusage: tasks on this worker are not measured (%s: %s). They run as usual. "
@@ -50,6 +56,7 @@ class Bootstrap(WorkerPlugin):
                 error,
             )
             worker.metrics["memusage"] = _missing
+            return None
 
     def teardown(self, worker: Any) -> None:
         """Stop measuring, unless a plugin of this name takes over at once."""

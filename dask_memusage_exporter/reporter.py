@@ -48,6 +48,9 @@ _MOST_UNMADE = 100
 #: task that does not end.
 _MOST_UNSENT = 1_000
 
+#: Seconds that a worker's hello may take; it is some milliseconds.
+_INTRODUCTION = 0.1
+
 #: Seconds that a worker's goodbye may take where its stream is broken.
 _LEAVING = 1.0
 
@@ -300,6 +303,18 @@ class Reporter:
             )
             process.health.error("send", error)
         self._send(HELLO_OP, home=hello, health=process.health.rises())
+
+    async def introduction(self) -> None:
+        """Wait until the hello is on its way.
+
+        A task may hold the GIL from its first line until its worker is killed; then nobody would
+        know where the flight file is.
+        """
+        stream, began = self._worker.batched_stream, time.perf_counter()
+        while stream is not None and stream.buffer:
+            if time.perf_counter() - began > _INTRODUCTION:
+                break
+            await asyncio.sleep(0.001)
 
     # -- sending -------------------------------------------------------------------------
 

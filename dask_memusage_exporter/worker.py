@@ -124,6 +124,10 @@ class WorkerAgent:
                     http.add_metrics(self.worker, process.here)
         self.worker.metrics[EXTENSION] = self._heartbeat
 
+    async def introduction(self) -> None:
+        """Wait until the scheduler will hear of this worker, whatever its first task does."""
+        await self.reporter.introduction()
+
     def deactivate(self) -> None:
         """Stop measuring until activated again. What runs goes on unmeasured; counters stand."""
         measuring, self._process = self._process, None

@@ -88,10 +88,11 @@ scrape_configs:
     static_configs: [{targets: ["scheduler:8787"]}]
 ```
 
-Scrape either page of a server for our metrics, or both in jobs of their own and select one by `job`
-in queries: they are the same series, and sums over both count each task twice. The scheduler's page
-hears of spans with the workers' batches, a moment after the counts; there is at most one exemplar a
-bucket and label, however many tasks there are.
+Both pages of a server have the same series of ours, and sums over both count each task twice.
+Scrape one of them; or both, where Dask's own metrics are wanted as well, and drop ours from the
+first: the `prometheus.yml` that `dask memusage dashboards` writes shows how
+(`metric_relabel_configs`). The scheduler's page hears of spans with the workers' batches, a moment
+after the counts; there is at most one exemplar a bucket and label, however many tasks there are.
 
 ## Whose number it is
 

@@ -43,7 +43,8 @@ class Factory:
         self._flavour = flavour
         self._prefix = {
             "many": 'task_prefix_name=~"$prefix"',
-            # Grafana escapes nothing in a variable of one value.
+            # In a variable of one value Grafana escapes backslashes as PromQL has them, and quotes
+            # not as PromQL has them: a prefix with one has no page.
             "one": 'task_prefix_name="$prefix"',
             "none": None,
         }[what.prefix]

@@ -65,9 +65,10 @@ STATS = Row(
         ),
         Stat(
             "Largest peak",
-            """The highest resident memory of any worker process while a task ran, children
-            included: everybody's in that process where tasks overlap. It may be from up to 10
-            minutes before the range (memusage.maximum-window). Compare with the worker limit.""",
+            """The highest resident memory of any worker process during a task that ended, children
+            included: everybody's in that process where tasks overlap. How high killed ones were is
+            in the post-mortem below. It may be from up to 10 minutes before the range
+            (memusage.maximum-window). Compare with the worker limit.""",
             (Query(f"max(max_over_time({_MAX}[$__range]))"),),
             "bytes",
             width=3,
@@ -86,7 +87,8 @@ STATS = Row(
             "Headroom",
             """What the largest peak left below the limit of its workers, at the least. Little or
             below zero: the next larger input is killed. Give workers more memory or fewer threads,
-            or make chunks smaller; take memory away from workers only by this.""",
+            or make chunks smaller; take memory away from workers only by this, and only where no
+            task was killed: killed ones left none, and are not in it.""",
             (Query(f"min({_HEADROOM})"),),
             "bytes",
             no_value="no limit",
@@ -94,9 +96,10 @@ STATS = Row(
         ),
         Stat(
             "Peak of limit",
-            """How near the limit the largest peak came. Dask pauses a worker at 80 % and kills it
-            at 95 %. Orange or red: see in the table below whose it is, then give workers more
-            memory or fewer threads, or make its inputs smaller.""",
+            """How near the limit the largest peak of a task that ended came; killed ones are beside
+            it. Dask pauses a worker at 80 % and kills it at 95 %. Orange or red: see in the table
+            below whose it is, then give workers more memory or fewer threads, or make its inputs
+            smaller.""",
             (Query(f"max({OF_THE_LIMIT})"),),
             "percentunit",
             OF_LIMIT,
@@ -148,10 +151,10 @@ COSTS = Row(
             "Task prefixes by cost",
             """A row a kind of task; click it for its own dashboard. Memory x time is the mean peak
             times the time on threads, what an otherwise empty worker of one thread would be billed.
-            Means and maximum are exact; p50 and p95 are estimates within their bucket (at most half
-            too high or a third too low). Mean growth is of those tasks whose growth is known. Begin
-            with the top row: smaller chunks there save most. __overflow__ stands for all prefixes
-            beyond memusage.max-prefixes.""",
+            Means and maximum are exact, of tasks that ended; p50 and p95 are estimates within their
+            bucket (at most half too high or a third too low). Mean growth is of those tasks whose
+            growth is known. Begin with the top row: smaller chunks there save most. __overflow__
+            stands for all prefixes beyond memusage.max-prefixes.""",
             PREFIX,
             (
                 Column(

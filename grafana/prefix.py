@@ -69,16 +69,18 @@ STATS = Row(
         ),
         Stat(
             "Max peak",
-            """The largest peak, exact; it may be from up to 10 minutes before the range
-            (memusage.maximum-window). Worker memory must be above it, or its tasks are killed.""",
+            """The largest peak of those that ended, exact; killed ones are in the post-mortem. It
+            may be from up to 10 minutes before the range (memusage.maximum-window). Worker memory
+            must be above it, or its tasks are killed.""",
             (Query(MAXIMUM),),
             "bytes",
             width=3,
         ),
         Stat(
             "Max of limit",
-            """How near the limit of its workers the largest peak came. Dask pauses a worker at
-            80 % and kills it at 95 %: from orange on make chunks smaller, or workers larger.""",
+            """How near the limit of its workers the largest peak of those that ended came. Dask
+            pauses a worker at 80 % and kills it at 95 %: from orange on make chunks smaller, or
+            workers larger.""",
             (Query(OF_THE_LIMIT),),
             "percentunit",
             OF_LIMIT,

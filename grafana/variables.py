@@ -17,6 +17,8 @@ DATASOURCE = model.DataSourceRef("prometheus", "${datasource}")
 #: There wherever anything of ours is, and has every prefix.
 _ANY = "<task_memory_prefixes>"
 _TASKS = "<task_memory_tasks_total>"
+#: What the jobs of one cluster may be apart by: ours, Dask's own of the scheduler, the workers'.
+_OF_JOBS = (_ANY, "<dask:scheduler_workers>", "<dask:worker_memory_bytes>")
 _LARGEST = "max_over_time(<task_memory_peak_maximum_bytes>[$__range])"
 
 #: For how long back the baseline looks for clusters.
@@ -26,7 +28,10 @@ _ALL = model.VariableOption(True, ["All"], ["$__all"])
 
 _LABELS = {
     "namespace": ("Namespace", "Kubernetes namespace, or whatever the label namespace says."),
-    "job": ("Job", "Prometheus job. One is enough: two that scrape the same server count twice."),
+    "job": (
+        "Job",
+        "Prometheus job. Leave one out where two scrape the same page: they count twice.",
+    ),
     "dask_cluster": ("Cluster", "The label dask_cluster, which the scrape configuration puts on."),
 }
 
@@ -43,8 +48,12 @@ def variables(what: Dashboard, flavour: Flavour) -> Iterator[Builder[model.Varia
     for name, label in flavour.selectors.items():
         title, description = _LABELS[name]
         matchers = ", ".join(f'{flavour.selectors[one]}=~"${one}"' for one in chosen)
-        series = expand(_ANY, flavour)
-        query = f"label_values({series[: series.index('{')]}{{{matchers}}}, {label})"
+        if name == "job":
+            names = "|".join(_metric(one, flavour) for one in _OF_JOBS)
+            series = f'{{__name__=~"{names}", {matchers}}}'
+        else:
+            series = f"{_metric(_ANY, flavour)}{{{matchers}}}"
+        query = f"label_values({series}, {label})"
         yield (
             _query(name, title, description, query)
             .multi(True)
@@ -84,6 +93,11 @@ def carried(what: Dashboard, flavour: Flavour) -> str:
     """Return all variables but the prefix, as a link to another dashboard carries them."""
     names = ["datasource", *flavour.selectors, *(["baseline"] if what.baseline else [])]
     return "&".join(f"${{{name}:queryparam}}" for name in names)
+
+
+def _metric(series: str, flavour: Flavour) -> str:
+    """Return a series' name, with no matchers."""
+    return expand(series, flavour).partition("{")[0]
 
 
 def _query(name: str, title: str, description: str, query: str) -> dashboard.QueryVariable:

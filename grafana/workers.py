@@ -47,8 +47,9 @@ STATS = Row(
         ),
         Stat(
             "Peak of limit",
-            """How near the limit the largest peak came. Dask pauses a worker at 80 % and kills it
-            at 95 %.""",
+            """How near the limit the largest peak of a task that ended came; how high killed ones
+            were stands below. Dask pauses a worker at 80 % and kills it at 95 %. From orange on
+            look below whose it is.""",
             (Query(f"max({OF_THE_LIMIT})"),),
             "percentunit",
             OF_LIMIT,

@@ -157,7 +157,8 @@ class DataSource:
             escaped = [re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\\\1", one) for one in given]
             return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
         if given is not None:
-            return given.replace("\\", "\\\\").replace('"', '\\"')
+            # As Grafana does, which is not PromQL's way with quotes.
+            return given.replace("\\", "\\\\").replace("'", "\\\\'")
         if variable.get("includeAll"):
             return variable["allValue"]
         return variable.get("current", {}).get("value", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,12 @@ WRITTEN = {
     "provisioning/dashboards/dask-memusage.yaml",
     "provisioning/datasources/dask-memusage.yaml",
 }
-EXAMPLES = {"rules/dask-memusage.yaml", "prometheus.yml", "alertmanager.yml"}
+EXAMPLES = {
+    "rules/dask-memusage.yaml",
+    "prometheus.yml",
+    "alertmanager.yml",
+    *(f"runbooks/{page.name}" for page in Path(__file__).parent.parent.glob("docs/runbooks/*.md")),
+}
 
 
 def written(directory: Path) -> set[str]:
@@ -42,11 +48,19 @@ def test_it_writes_all_that_a_team_needs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert written(out) == WRITTEN | EXAMPLES
     assert {str(Path(line).relative_to(out)) for line in done.stdout.splitlines()} == written(out)
-    assert "9 files" in done.stderr
+    assert "20 files; --help tells" in done.stderr
     text = (out / "dashboards" / "overview.json").read_text()
     assert json.loads(text)["uid"] == "dask-memusage-overview"
     assert "acme_scheduler_task_memory_peak_bytes_bucket{" in text
-    assert "acme_scheduler_" in (out / "rules" / "dask-memusage.yaml").read_text()
+    rules = (out / "rules" / "dask-memusage.yaml").read_text()
+    assert "acme_scheduler_" in rules
+    # Of each alert there is the page, with queries that can be pasted, and no link to nowhere.
+    for alert in re.findall(r"- alert: (\w+)", rules):
+        runbook = (out / "runbooks" / f"{alert}.md").read_text()
+        assert "acme_scheduler_" in runbook
+        assert not re.search(r"\bdask_(scheduler|worker)_", runbook)
+        for link in re.findall(r"\]\(([^)]+)\)", runbook):
+            assert (out / "runbooks" / link).exists(), link
 
 
 @pytest.mark.component("promtool")
@@ -105,7 +119,7 @@ def test_what_others_wrote_is_not_overwritten(tmp_path: Path) -> None:
     assert theirs.read_text().startswith("# A scrape configuration")
     # Once more: all is there and the same.
     assert run_cli(*VERB, "--out", str(tmp_path)).returncode == 0
-    assert "and 4 more" in refused("--out", str(tmp_path), "--namespace", "acme")
+    assert "and 15 more" in refused("--out", str(tmp_path), "--namespace", "acme")
 
 
 @pytest.mark.parametrize(

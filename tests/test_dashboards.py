@@ -37,6 +37,7 @@ ALL = {
 
 #: Where generated JSON stands.
 FOLDERS = ("dask_memusage_exporter/monitoring/dashboards", "grafana/dashboards", "grafana/otlp")
+PAGES = "dask_memusage_exporter/monitoring/runbooks"
 
 every = pytest.mark.parametrize("dashboard", ALL.values(), ids=ALL)
 
@@ -64,7 +65,7 @@ def test_what_is_generated_is_current() -> None:
         str(file.relative_to(ROOT))
         for folder in FOLDERS
         for file in (ROOT / folder).glob("**/*.json")
-    }
+    } | {f"{PAGES}/{page.name}" for page in (ROOT / PAGES).iterdir()}
     assert written <= set(made)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from distributed import wait
 
 from dask_memusage_exporter import monitoring
@@ -27,6 +29,9 @@ from tests.servers import Prometheus, Servers, VictoriaMetrics, free_port
 MIB = 2**20
 #: What the scrape configuration puts on.
 LABELS = {"namespace": "data", "dask_cluster": "nightly"}
+
+#: Of the example; the last has what the first drops then.
+EXAMPLE_JOBS = ("dask-scheduler", "dask-worker", "dask-exemplars")
 
 #: A scrape that fails takes all gauges away for its moment, and machines are busy.
 PATIENT = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}}
@@ -67,13 +72,29 @@ class Job(NamedTuple):
     #: The scheduler alone, with no label: what operators of hundreds of workers have.
     alone: DataSource
     otlp: DataSource
-    #: The scheduler's page of ours alone, which has exemplars.
-    ours: DataSource
+    #: By the example of a scrape configuration, with jobs for the workers and for exemplars.
+    example: DataSource
     #: Rows of the time range; before it there was a smaller job.
     after: list[dict[str, str]]
     before: list[dict[str, str]]
     #: Names of both workers.
     workers: set[str]
+
+
+def by_example(scheduler: int, worker: int) -> dict[str, Any]:
+    """Return the shipped example of a configuration, variants for one machine switched on."""
+    text = monitoring.files()["prometheus.yml"]
+    config = yaml.safe_load(re.sub(r"^  #(- |  )", r"  \1", text, flags=re.MULTILINE))
+    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+    jobs = {name: jobs[name] for name in EXAMPLE_JOBS}
+    for name in ("dask-scheduler", "dask-exemplars"):
+        (target,) = jobs[name]["static_configs"]
+        assert target["targets"] == ["127.0.0.1:8787"]
+        target["targets"] = [f"127.0.0.1:{scheduler}"]
+    # As a file would name it.
+    del jobs["dask-worker"]["file_sd_configs"]
+    jobs["dask-worker"]["static_configs"] = [{"targets": [f"127.0.0.1:{worker}"]}]
+    return {**PATIENT, "scrape_configs": list(jobs.values())}
 
 
 def submit(servers: Servers, number: int, sizes: list[int]) -> None:
@@ -155,16 +176,22 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
 
         full = scraping("full", servers.scheduler_port, port, labels=LABELS)
         alone = scraping("alone", servers.scheduler_port)
-        ours = scraping("ours", servers.scheduler_port, path="/memusage/metrics")
+        example = stack.enter_context(
+            Prometheus(
+                program, directory / "example", (), more=by_example(servers.scheduler_port, port)
+            )
+        )
         total = "sum(dask_{}_task_memory_tasks_total)"
 
         def seen() -> int:
-            written = rows(csv)
-            count = len(written)
-            for one, server in ((full, "scheduler"), (alone, "scheduler"), (store, "worker")):
-                wait_until(lambda: one.query(total.format(server)) == [count], 60, total)  # noqa: B023
-            own = [sum(row["worker"] == scraped for row in written)]
-            wait_until(lambda: full.query(total.format("worker")) == own, 60, "the worker's page")
+            """Wait until all that ended has been scraped and sent; how many that are."""
+            ended = rows(csv)
+            count, there = len(ended), sum(row["worker"] == scraped for row in ended)
+            looking = [(one, "scheduler", count) for one in (full, alone, example)]
+            looking += [(store, "worker", count), (full, "worker", there)]
+            looking += [(example, "worker", there)]
+            for one, server, number in looking:
+                wait_until(lambda: one.query(total.format(server)) == [number], 60, total)  # noqa: B023
             return count
 
         submit(servers, 1, [60, 80, 100, 120])
@@ -174,7 +201,7 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
         seen()
         kill_one(servers, unscraped, directory)
         killed = 'dask_scheduler_task_memory_killed_tasks_total{cause="signal"} > 0'
-        for one in (full, alone):
+        for one in (full, alone, example):
             wait_until(lambda: one.query(killed) == [1], what="the kill")  # noqa: B023
         wait_until(lambda: store.query(killed.replace("cause", "dask_task_kill_cause")) == [1])
         wait_until(lambda: full.query("sum(dask_scheduler_task_memory_workers)") == [2])
@@ -186,9 +213,11 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
             steps = math.ceil((time.time() - start) / DataSource.STEPS)
             end = start + steps * DataSource.STEPS
             wait_until(lambda: time.time() > end)
-            asked = [DataSource(one.url, start, end) for one in (full, alone, store, ours)]
-            scraped = [one.ask("query", query="up == 1", time=end) for one in asked[:2]]
-            whole = [len(one["result"]) for one in scraped] == [2, 1]
+            asked = [DataSource(one.url, start, end) for one in (full, alone, store, example)]
+            scraped = [
+                asked[n].ask("query", query="up == 1", time=end)["result"] for n in (0, 1, 3)
+            ]
+            whole = [len(one) for one in scraped] == [2, 1, 3]
             return asked if whole else []
 
         yield Job(*wait_until(looks, timeout=60), finished[first:], finished[:first], workers)
@@ -247,6 +276,26 @@ def test_what_is_chosen_is_shown(job: Job) -> None:
         assert {"block", "kept"} & set(others)
     assert job.otlp.variable(OTLP["overview"], "namespace") == ["data"]
     assert job.otlp.variable(OTLP["overview"], "dask_cluster") == ["nightly"]
+
+
+def test_the_example_with_all_its_jobs(job: Job) -> None:
+    """Exemplars' own job and the workers' count nothing twice, and can be chosen like any other."""
+    overview, look = SCRAPE["overview"], job.example
+    look.values = {}
+    jobs = look.variable(overview, "job")
+    assert set(jobs) == set(EXAMPLE_JOBS)
+    assert empty(look, SCRAPE) == []
+    assert empty(look, SCRAPE, job=jobs) == []
+    for look.values in ({}, {"job": jobs}):
+        assert look.column(overview, "Tasks measured") == {"": len(job.after)}
+        assert set(look.column(overview, "Task prefixes by cost", "Memory x time")) > {"load"}
+    (absent,) = (
+        rule["expr"]
+        for group in yaml.safe_load(monitoring.files()["rules/dask-memusage.yaml"])["groups"]
+        for rule in group["rules"]
+        if rule.get("alert") == "DaskMemusageAbsent"
+    )
+    assert look.ask("query", query=absent, time=look.end)["result"] == []
 
 
 def bucket(value: float) -> tuple[float, float]:
@@ -346,9 +395,9 @@ def test_exemplars_of_a_prefix_lead_to_its_traces(job: Job) -> None:
     prefix = SCRAPE["prefix"]
     shown = [target for target in targets(prefix) if target.exemplar]
     assert {target.panel for target in shown} >= {"Peaks", "Growth"}
-    job.ours.values = {"prefix": "load"}
+    job.example.values = {"prefix": "load"}
     for target in shown:
-        series = wait_until(lambda: job.ours.exemplars(prefix, target))  # noqa: B023
+        series = wait_until(lambda: job.example.exemplars(prefix, target))  # noqa: B023
         assert {one["seriesLabels"]["task_prefix_name"] for one in series} == {"load"}
         for one in series:
             for exemplar in one["exemplars"]:

@@ -481,6 +481,24 @@ def test_every_death_under_one_nanny_has_its_cause(dying: Callable[..., Measured
         wait_until(lambda: measured.cluster.scheduler.workers)
 
 
+def test_a_worker_that_is_killed_at_once_is_known(dying: Callable[..., Measured]) -> None:
+    """A task that holds the GIL is the first on each new worker: all four kills are counted."""
+    measured = dying(
+        memory_limit="300MiB",
+        config={
+            "distributed.worker.memory.pause": False,
+            "distributed.worker.memory.spill": False,
+            "distributed.scheduler.allowed-failures": 3,
+        },
+    )
+    future = measured.client.submit(hold_gil, 500, key="hog-0")
+    assert isinstance(future.exception(), KilledWorker)
+    wait_until(lambda: killed(measured, "hog") >= 4, what="four kills")
+    settled(measured)
+    assert killed(measured, "hog") == killed(measured, "hog", cause="memory") == 4
+    assert len(measured.records.of("hog")) == 4
+
+
 def test_who_comes_after_the_patience_still_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,7 +174,9 @@ def test_schedulers_and_workers_without_the_exporter(promtool: Callable[..., Pro
         for state in ("idle", "saturated"):
             scrapes.add("workers", [2] * 80, state=state, **cluster)
         if measured:
-            scrapes.add("task_memory_exporter_info", [1] * 80, exporter_version="1", **cluster)
+            # By the job of the page that has exemplars.
+            info = {"exporter_version": "1", "job": "dask-exemplars", **cluster}
+            scrapes.add("task_memory_exporter_info", [1] * 80, **info)
             for source, values in (("kernel", [3] * 80), ("missing", [0] * 20 + [1] * 60)):
                 scrapes.add("task_memory_workers", values, source=source, **cluster)
     promtool().check(

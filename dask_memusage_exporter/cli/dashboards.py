@@ -40,7 +40,11 @@ from dask_memusage_exporter.cli.tables import plural
 def dashboards(
     *, directory: str, namespace: str, flavour: str, thresholds: tuple[str, ...], force: bool
 ) -> None:
-    """Write Grafana dashboards, alerting rules, provisioning files and configuration examples.
+    """Write Grafana dashboards, alerting rules, runbooks, provisioning and configuration examples.
+
+    dashboards/*.json are to be imported into Grafana, or provisioned by what is in provisioning/;
+    rules/ is for Prometheus' rule_files, runbooks/ for wherever --threshold runbook-base=ADDRESS
+    leads; prometheus.yml and alertmanager.yml are examples to start from.
 
     Nothing is written where a file that is there would change, but with --force.
     """
@@ -66,7 +70,7 @@ def dashboards(
         raise InputError(
             f"cannot write {error.filename or directory}: {error.strerror}; choose another --out"
         ) from None
-    click.echo(f"{plural(len(made), 'file')}; docs/dashboards.md tells where each goes.", err=True)
+    click.echo(f"{plural(len(made), 'file')}; --help tells where each goes.", err=True)
 
 
 def _settings(given: tuple[str, ...]) -> dict[str, str]:

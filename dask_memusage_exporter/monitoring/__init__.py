@@ -30,8 +30,8 @@ def files(
     Parameters
     ----------
     flavour
-        ``scrape`` or ``otlp``. Rules and the examples beside them are for scraped names, so
-        ``otlp`` has none.
+        ``scrape`` or ``otlp``. Rules, their runbooks and the examples beside them are for scraped
+        names, so ``otlp`` has none.
     namespace
         Dask's ``distributed.dashboard.prometheus.namespace``; may be empty. OpenTelemetry's names
         do not depend on it.
@@ -60,6 +60,8 @@ def files(
         made[str(file.relative_to(_HERE))] = file.read_text()
     if flavour == "scrape":
         made["rules/dask-memusage.yaml"] = alerts
+        for file in sorted((_HERE / "runbooks").glob("*.md")):
+            made[f"runbooks/{file.name}"] = fill(file.read_text(), namespace)
         made.update({name: (_HERE / name).read_text() for name in _EXAMPLES})
     return made
 
