@@ -53,6 +53,17 @@ class Pod(NamedTuple):
     spec: dict[str, Any]
 
 
+class Loader(yaml.CSafeLoader):
+    """YAML as strict tools read it: a key that is there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping, or say which key is there twice."""
+        keys = [key.value for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        assert not twice, f"twice in line {node.start_mark.line + 1}: {twice}"
+        return super().construct_mapping(node, deep)
+
+
 class Helm:
     """A real Helm.
 
@@ -91,7 +102,7 @@ class Helm:
 
     def render(self, *options: str, **cluster: Any) -> list[Resource]:
         """Return the rendered objects."""
-        documents = yaml.load_all(self.text(*options, **cluster), Loader=yaml.CSafeLoader)
+        documents = yaml.load_all(self.text(*options, **cluster), Loader=Loader)
         return [one for one in documents if one]
 
     def notes(self, *options: str) -> str:

@@ -152,6 +152,37 @@ def test_additional_labels_are_on_every_kind_that_an_operator_selects(helm: Helm
             assert one["spec"]["namespaceSelector"] == {"matchNames": ["a", "b"]}
 
 
+def test_a_label_that_is_given_twice_is_there_once(helm: Helm) -> None:
+    """The narrower value wins, and none changes what selectors go by."""
+    asked = settings(
+        commonLabels={"release": "all", "app.kubernetes.io/instance": "x", "dask_cluster": "x"},
+        monitors__additionalLabels={"release": "monitors"},
+        rules__additionalLabels={"release": "rules"},
+        dashboards__label="release",
+        cluster__worker__podLabels={"release": "workers", "app.kubernetes.io/component": "x"},
+        cluster__worker__podAnnotations={"prometheus.io/scrape": "false"},
+    )
+    for kind in ("plain", "operator"):
+        rendered = helm.render(*asked, *settings(cluster__kind=kind), dashboards=True)
+        found = {one["kind"]: one["metadata"]["labels"]["release"] for one in rendered}
+        assert found.pop("ServiceMonitor") == "monitors"
+        assert found.pop("PrometheusRule") == "rules"
+        assert found.pop("ConfigMap") == "1"
+        assert set(found.values()) == {"all"}
+        assert {one["metadata"]["labels"]["app.kubernetes.io/instance"] for one in rendered} == {
+            "measured"
+        }
+    plain = helm.render(
+        *asked, *settings(cluster__kind="plain", monitors__workers__enabled=True), apis=()
+    )
+    worker = the(plain, "Deployment", "-worker")["spec"]
+    metadata = worker["template"]["metadata"]
+    assert worker["selector"]["matchLabels"].items() <= metadata["labels"].items()
+    assert metadata["labels"]["release"] == "workers"
+    assert metadata["labels"]["dask_cluster"] == "measured-dask-memusage-exporter"
+    assert metadata["annotations"]["prometheus.io/scrape"] == "false"
+
+
 def test_without_the_kinds_a_cluster_of_its_own_has_annotations(helm: Helm) -> None:
     """A scheduler is scraped once: its pod has them, or one Service for the operator's."""
     both = settings(monitors__workers__enabled=True)

@@ -19,24 +19,16 @@ prometheus.io/path: {{ $own.path }}
 {{- end -}}
 
 {{- define "memusage.podLabels" -}}
-{{ include "memusage.labels" .root }}
-{{- if eq .root.Values.cluster.kind "plain" }}
-app.kubernetes.io/component: {{ .role }}
-{{- end }}
-dask_cluster: {{ include "memusage.cluster" .root }}
-{{- with (index .root.Values.cluster .role).podLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $own := default dict (index .root.Values.cluster .role).podLabels | deepCopy -}}
+{{- $ours := dict "app.kubernetes.io/component" .role "dask_cluster" (include "memusage.cluster" .root) -}}
+{{- include "memusage.labelsWith" (dict "root" .root "more" (mergeOverwrite $own $ours)) -}}
 {{- end -}}
 
-{{/* Arguments further: annotations, as YAML. */}}
+{{/* Arguments further: scrape, annotations as YAML. */}}
 {{- define "memusage.podAnnotations" -}}
-{{- with .annotations }}
-{{ . }}
-{{- end }}
-{{- with (index .root.Values.cluster .role).podAnnotations }}
-{{ toYaml . }}
-{{- end }}
+{{- $annotations := dict "checksum/config" (include "memusage.daskConfig" .root | sha256sum) -}}
+{{- $own := default dict (index .root.Values.cluster .role).podAnnotations -}}
+{{- mergeOverwrite $annotations (.scrape | fromYaml) $own | toYaml -}}
 {{- end -}}
 
 {{- define "memusage.arguments" -}}
