@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,25 @@ class Helm:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.partition("NOTES:")[2]
+
+    def notes_where(self, apis: tuple[str, ...], directory: Path, *options: str) -> str:
+        """Return the same for a cluster that has these kinds, by a copy of the chart.
+
+        No dry run takes kinds, and `helm template` has no notes; so they stand in an object here.
+        """
+        chart = directory / CHART.name
+        shutil.copytree(CHART, chart)
+        text = (chart / "templates" / "NOTES.txt").read_text()
+        (chart / "templates" / "notes.yaml").write_text(
+            f'{{{{- define "notes" -}}}}{text}{{{{- end -}}}}\n'
+            "{apiVersion: v1, kind: ConfigMap, metadata: {name: notes}, data: {notes: "
+            '{{ include "notes" . | toJson }}}}\n'
+        )
+        has = [word for api in apis for word in ("--api-versions", api)]
+        only = ["--namespace", "science", "--show-only", "templates/notes.yaml"]
+        done = self.run("template", "measured", str(chart), *only, *has, *options)
+        assert done.returncode == 0, done.stderr
+        return yaml.safe_load(done.stdout)["data"]["notes"]
 
     def refusal(self, *options: str) -> str:
         """Return the message with which values are refused, in one line."""

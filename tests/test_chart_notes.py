@@ -15,7 +15,19 @@ import pytest
 import yaml
 
 from dask_memusage_exporter.config import Settings, prometheus_namespace
-from tests.charts import CHART, ROOT, VERSIONS, Helm, check, of_kind, settings, snippet, the
+from tests.charts import (
+    CHART,
+    MONITORING,
+    OPERATOR,
+    ROOT,
+    VERSIONS,
+    Helm,
+    check,
+    of_kind,
+    settings,
+    snippet,
+    the,
+)
 from tests.containers import SOURCES
 
 DOCS = (ROOT / "docs" / "kubernetes.md").read_text()
@@ -154,6 +166,25 @@ def test_with_the_others_monitors_on_the_notes_say_how_to_label(preset: str, hel
             assert labels[-1] == "dask_cluster"
             known = theirs[part][monitor]
             assert labels[:-1] == known.get("targetLabels", known.get("podTargetLabels"))
+
+
+@pytest.mark.parametrize("kind", ["none", "operator", "plain"])
+def test_notes_where_the_kinds_are(kind: str, helm: Helm, tmp_path: Path) -> None:
+    """What is scraped, by which label; a warning wherever another chart's monitors could be too."""
+    asked = settings(cluster__kind=kind, monitors__preset="operator" if kind == "none" else "")
+    said = helm.notes_where((MONITORING, OPERATOR), tmp_path, *asked)
+    label = "dask_cluster" if kind == "plain" else "dask.org/cluster-name"
+    notes = " ".join(said.split())
+    assert f"label `dask_cluster` from `{label}`" in notes
+    assert "Monitors: schedulers of" in notes
+    assert ("every sum doubles" in notes) == (kind != "plain")
+    assert ("helm test measured --namespace science" in notes) == (kind != "none")
+    # It reacts to replica counts only: the notes say so, and offer the way.
+    following = "measured-dask-memusage-exporter-1"
+    assert ("Raise cluster.operator.generation" in notes) == (kind == "operator")
+    assert (f"the next one is named {following}" in notes) == (kind == "operator")
+    if kind == "none":
+        assert snippet(said, "spec:")["spec"]["worker"]
 
 
 def test_others_chart_takes_what_the_notes_say(helm: Helm, tmp_path: Path) -> None:
