@@ -142,6 +142,15 @@ WRONG: list[tuple[str, list[str], str]] = [
         settings(monitors__preset="", cluster__kind="plain", config__jemalloc__enabled=True),
         r"ghcr.io/dask/dask has no jemalloc; give cluster.image.repository an image that has it",
     ),
+    (
+        "a name of no Service",
+        settings(monitors__preset="", cluster__kind="plain", fullnameOverride="1.dask"),
+        r"would be named 1.dask, and Services take small letters.*set fullnameOverride",
+    ),
+    ("a name of none", settings(nameOverride="My_Dask"), r"nameOverride.*pattern"),
+    ("no tag", settings(cluster__image__tag=""), r"image.tag.*(length|minLength)"),
+    ("a part that is emptied", settings(monitors__workers=None), r"monitors.*workers"),
+    ("no section", settings(config__dask={"distributed": None}), r"config.dask.distributed"),
     ("a release", settings(monitors__release="x"), r"monitors.release goes with monitors.preset=d"),
     (
         "bounds",
@@ -151,6 +160,11 @@ WRONG: list[tuple[str, list[str], str]] = [
     (
         "a preload",
         settings(cluster__scheduler__extraArgs=["--preload", "mine"]),
+        r"hides the preloads that are configured.*put yours into config.dask",
+    ),
+    (
+        "a preload in one word",
+        settings(cluster__scheduler__extraArgs=["--preload=mine"]),
         r"hides the preloads that are configured.*put yours into config.dask",
     ),
 ]

@@ -72,15 +72,31 @@ def test_what_the_configuration_says_is_what_the_package_takes(values: Path, hel
     assert configured["distributed"]["scheduler"]["preload"] == ["dask_memusage_exporter"]
 
 
-def test_other_preloads_stay(helm: Helm) -> None:
+@pytest.mark.parametrize("given", [["mine", "dask_memusage_exporter"], "mine"])
+def test_other_preloads_stay(given: Any, helm: Helm) -> None:
     """A preload that is configured beside ours keeps its place, and ours is not named twice."""
-    mine = {"distributed": {"scheduler": {"preload": ["mine", "dask_memusage_exporter"]}}}
+    mine = {"distributed": {"scheduler": {"preload": given}}}
     configured = helm.render(*PRESET, *settings(config__dask=mine))
     text = the(configured, "ConfigMap", "-dask")["data"]["dask-memusage.yaml"]
     assert yaml.safe_load(text)["distributed"]["scheduler"]["preload"] == [
         "mine",
         "dask_memusage_exporter",
     ]
+
+
+@pytest.mark.parametrize("kind", ["none", "plain", "operator"])
+def test_configuration_may_be_emptied(kind: str, helm: Helm) -> None:
+    """`memusage:` and `dask:` with nothing below them are no settings: no flight directory."""
+    preset = "dask" if kind == "none" else ""
+    asked = settings(cluster__kind=kind, monitors__preset=preset)
+    asked += settings(config__memusage=None, config__dask=None)
+    rendered = helm.render(*asked)
+    text = the(rendered, "ConfigMap", "-dask")["data"]["dask-memusage.yaml"]
+    assert "memusage" not in yaml.safe_load(text)
+    for pod in pods(rendered):
+        assert "flight" not in {one["name"] for one in pod.spec["volumes"]}
+    if kind == "none":
+        assert "flight" not in helm.notes(*asked)
 
 
 def test_every_part_can_be_left_out(helm: Helm) -> None:

@@ -110,7 +110,7 @@ prometheus.io/path: {{ $own.path }}
 {{- $values := .root.Values -}}
 {{- $cluster := $values.cluster -}}
 {{- $own := index $cluster .role -}}
-{{- $flight := ternary (index $values.config.memusage "flight-directory") "" (eq .role "worker") -}}
+{{- $flight := ternary (include "memusage.flight" .root) "" (eq .role "worker") -}}
 serviceAccountName: {{ include "memusage.serviceAccount" .root }}
 automountServiceAccountToken: false
 # Variables of Services whose names begin with dask would be configuration to Dask.
