@@ -231,13 +231,15 @@ def test_the_image_has_what_the_chart_starts(jemalloc: str) -> None:
     (entry,) = (rest for kind, rest in found if kind == "ENTRYPOINT")
     assert yaml.safe_load(entry) == values["cluster"]["command"][:2]
     (doctor,) = (rest for kind, rest in found if "doctor" in rest)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["sh", "-c", doctor], env={**os.environ, "PATH": path}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "source    jemalloc" in done.stdout
     library = values["config"]["jemalloc"]["library"]
     assert f"LD_PRELOAD={library} " in doctor
     assert Path(jemalloc).name == library
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    without = doctor.replace(library, "libnone.so.2"), doctor.replace("PYTHONMALLOC=malloc", "")
+    for command in (doctor, *without):
+        done = subprocess.run(
+            ["sh", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert (done.returncode == 0) == (command == doctor), done.stderr
+        assert "This machine: Python" in done.stderr
