@@ -150,6 +150,8 @@ WRONG: list[tuple[str, list[str], str]] = [
     ("a name of none", settings(nameOverride="My_Dask"), r"nameOverride.*pattern"),
     ("no tag", settings(cluster__image__tag=""), r"image.tag.*(length|minLength)"),
     ("a part that is emptied", settings(monitors__workers=None), r"monitors.*workers"),
+    ("no threshold", settings(rules__thresholds__step=None), r"rules.thresholds.*step"),
+    ("no value", settings(cluster__worker__threads=None), r"cluster.worker.*threads"),
     ("no section", settings(config__dask={"distributed": None}), r"config.dask.distributed"),
     ("a release", settings(monitors__release="x"), r"monitors.release goes with monitors.preset=d"),
     (

@@ -75,7 +75,25 @@ def schema() -> str:
     }
     settings = yaml.safe_load((PACKAGE / "memusage-schema.yaml").read_text())
     whole["properties"]["config"]["properties"]["memusage"] = settings["properties"]["memusage"]
+    _require(whole, yaml.safe_load(values()), whole["definitions"])
     return json.dumps(whole, indent=2) + "\n"
+
+
+def _require(schema: dict[str, Any], values: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """Have a null refused, by which Helm takes a default away: sections, and all plain values.
+
+    Lists and what is as in Kubernetes may go.
+    """
+    schema["required"] = []
+    for name, value in values.items():
+        part = schema["properties"][name]
+        if part.get("$ref") == "#/definitions/monitor":
+            part = definitions["monitor"]
+        if part.get("type") == "object" and "properties" in part:
+            _require(part, value, definitions)
+        elif isinstance(value, (dict, list)):
+            continue
+        schema["required"].append(name)
 
 
 def _type(one: dict[str, Any]) -> dict[str, Any]:
