@@ -47,5 +47,6 @@ def generated(root: Path = ROOT) -> dict[str, str]:
     if (root / CHART).is_dir():
         for path, text in templates():
             made[f"{CHART}/files/{path}"] = text
-        made[f"{CHART}/files/rules.yaml"] = (root / PACKAGE / "rules.yaml").read_text()
+        for name in ("rules.yaml", "thresholds.yaml"):
+            made[f"{CHART}/files/{name}"] = (root / PACKAGE / name).read_text()
     return made

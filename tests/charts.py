@@ -27,6 +27,9 @@ ROOT = Path(__file__).parent.parent
 CHART = ROOT / "deploy" / "helm" / "dask-memusage-exporter"
 VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
 
+#: Names of components; both are supported.
+HELMS = ("helm3", "helm4")
+
 #: What a cluster has, or has not: the Prometheus operator's kinds.
 MONITORING = "monitoring.coreos.com/v1"
 OPERATOR = "kubernetes.dask.org/v1/DaskCluster"

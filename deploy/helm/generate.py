@@ -23,16 +23,21 @@ _WIDTH = 100
 _THRESHOLDS = re.compile(r"(?<=docs/alerts\.md\.\n)  thresholds:.*?(?=\n\n)", re.DOTALL)
 _KEY = re.compile(r"( *)([\w-]+):")
 
+#: As in monitoring/rules.py.
+_MATCHER = r'[a-zA-Z_][a-zA-Z0-9_]* *(=~|!~|!=|=) *"([^"\\\n]|\\.)*"'
+
 _TYPES = {
-    "duration": {"type": "string", "pattern": "^([0-9]+(ms|[smhdw]))+$"},
+    # Each unit once, the largest first; templates/_thresholds.tpl has the bounds.
+    "duration": {
+        "type": "string",
+        "minLength": 1,
+        "pattern": "^([0-9]+w)?([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$",
+    },
     "labels": {
         "type": "string",
         "pattern": "^([a-zA-Z_][a-zA-Z0-9_]*(\\s*,\\s*[a-zA-Z_][a-zA-Z0-9_]*)*)?$",
     },
-    "matchers": {
-        "type": "string",
-        "pattern": '^([a-zA-Z_][a-zA-Z0-9_]*\\s*(=~|!~|!=|=)\\s*"[^"\\n]*"(\\s*,\\s*|$))*$',
-    },
+    "matchers": {"type": "string", "pattern": f"^({_MATCHER}( *, *{_MATCHER})*)?$"},
     "text": {"type": "string", "pattern": '^[^\\s"\\\\%{}]+$'},
 }
 
