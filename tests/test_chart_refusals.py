@@ -90,6 +90,11 @@ WRONG: list[tuple[str, list[str], str]] = [
     ),
     ("no value", settings(cluster__worker__threads=None), r"cluster.worker.*threads"),
     ("no section", settings(config__dask={"distributed": None}), r"config.dask.distributed"),
+    (
+        "a variable of ours",
+        settings(cluster__worker__environment=[{"name": "PYTHONPATH", "value": "/mine"}]),
+        r"cluster.worker.environment: PYTHONPATH is set by the chart itself",
+    ),
     ("a release", settings(monitors__release="x"), r"monitors.release goes with monitors.preset=d"),
     (
         "bounds",

@@ -145,6 +145,30 @@ def test_the_resource_of_opentelemetry_has_namespace_and_node(helm: Helm) -> Non
     assert environment() == []
 
 
+@pytest.mark.parametrize("kind", ["plain", "operator"])
+def test_a_variable_that_is_given_twice_is_there_once(kind: str, helm: Helm) -> None:
+    """The role's own wins over that for all, which wins over the chart's; order stays."""
+    service = {"name": "OTEL_SERVICE_NAME"}
+    home = {"name": "HOME", "value": "/var/lib/dask-scratch"}
+    asked = settings(
+        cluster__kind=kind,
+        config__environment=[{**service, "value": "all"}, home],
+        cluster__worker__environment=[{**service, "value": "workers"}],
+    )
+    found = {}
+    for pod in pods(helm.render(*asked)):
+        if pod.where.startswith("Pod"):
+            continue
+        (container,) = pod.spec["containers"]
+        names = [one["name"] for one in container["env"]]
+        assert len(names) == len(set(names))
+        assert home in container["env"]
+        assert names.index("K8S_NODE_NAME") < names.index("OTEL_RESOURCE_ATTRIBUTES")
+        values = {one["name"]: one.get("value") for one in container["env"]}
+        found[container["name"]] = values["OTEL_SERVICE_NAME"]
+    assert found == {"scheduler": "all", "worker": "workers"}
+
+
 def test_additional_labels_are_on_every_kind_that_an_operator_selects(helm: Helm) -> None:
     """Monitors and rules have the labels they are selected by, in the namespaces given."""
     label = {"release": "kube-prometheus-stack"}

@@ -62,8 +62,21 @@ prometheus.io/path: {{ $own.path }}
 {{- end }}
 {{- end -}}
 
-{{/* The operator sets name and address of a worker's scheduler itself. */}}
+{{/* Each name once, the last: what is applied on the server's side may have none twice. */}}
 {{- define "memusage.environment" -}}
+{{- $seen := list -}}
+{{- $lines := list -}}
+{{- range include "memusage.variables" . | fromYamlArray | reverse -}}
+{{- if not (has .name $seen) -}}
+{{- $seen = append $seen .name -}}
+{{- $lines = prepend $lines . -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $lines -}}
+{{- end -}}
+
+{{/* The operator sets name and address of a worker's scheduler itself. */}}
+{{- define "memusage.variables" -}}
 {{- $values := .root.Values -}}
 - {name: DASK_CONFIG, value: {{ include "memusage.configPath" . }}}
 - {name: HOME, value: /tmp}
