@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ from kubernetes_validate import utils  # noqa: E402
 ROOT = Path(__file__).parent.parent
 CHART = ROOT / "deploy" / "helm" / "dask-memusage-exporter"
 VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
+
+#: Names of components; both are supported.
+HELMS = ("helm3", "helm4")
 
 #: What a cluster has, or has not: the Prometheus operator's kinds.
 MONITORING = "monitoring.coreos.com/v1"
@@ -51,6 +55,17 @@ class Pod(NamedTuple):
     where: str
     metadata: dict[str, Any]
     spec: dict[str, Any]
+
+
+class Loader(yaml.CSafeLoader):
+    """YAML as strict tools read it: a key that is there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping, or say which key is there twice."""
+        keys = [key.value for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        assert not twice, f"twice in line {node.start_mark.line + 1}: {twice}"
+        return super().construct_mapping(node, deep)
 
 
 class Helm:
@@ -91,7 +106,7 @@ class Helm:
 
     def render(self, *options: str, **cluster: Any) -> list[Resource]:
         """Return the rendered objects."""
-        documents = yaml.load_all(self.text(*options, **cluster), Loader=yaml.CSafeLoader)
+        documents = yaml.load_all(self.text(*options, **cluster), Loader=Loader)
         return [one for one in documents if one]
 
     def notes(self, *options: str) -> str:
@@ -103,6 +118,25 @@ class Helm:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.partition("NOTES:")[2]
+
+    def notes_where(self, apis: tuple[str, ...], directory: Path, *options: str) -> str:
+        """Return the same for a cluster that has these kinds, by a copy of the chart.
+
+        No dry run takes kinds, and `helm template` has no notes; so they stand in an object here.
+        """
+        chart = directory / CHART.name
+        shutil.copytree(CHART, chart)
+        text = (chart / "templates" / "NOTES.txt").read_text()
+        (chart / "templates" / "notes.yaml").write_text(
+            f'{{{{- define "notes" -}}}}{text}{{{{- end -}}}}\n'
+            "{apiVersion: v1, kind: ConfigMap, metadata: {name: notes}, data: {notes: "
+            '{{ include "notes" . | toJson }}}}\n'
+        )
+        has = [word for api in apis for word in ("--api-versions", api)]
+        only = ["--namespace", "science", "--show-only", "templates/notes.yaml"]
+        done = self.run("template", "measured", str(chart), *only, *has, *options)
+        assert done.returncode == 0, done.stderr
+        return yaml.safe_load(done.stdout)["data"]["notes"]
 
     def refusal(self, *options: str) -> str:
         """Return the message with which values are refused, in one line."""

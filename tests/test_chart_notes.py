@@ -15,7 +15,19 @@ import pytest
 import yaml
 
 from dask_memusage_exporter.config import Settings, prometheus_namespace
-from tests.charts import CHART, ROOT, VERSIONS, Helm, check, of_kind, settings, snippet, the
+from tests.charts import (
+    CHART,
+    MONITORING,
+    OPERATOR,
+    ROOT,
+    VERSIONS,
+    Helm,
+    check,
+    of_kind,
+    settings,
+    snippet,
+    the,
+)
 from tests.containers import SOURCES
 
 DOCS = (ROOT / "docs" / "kubernetes.md").read_text()
@@ -156,6 +168,25 @@ def test_with_the_others_monitors_on_the_notes_say_how_to_label(preset: str, hel
             assert labels[:-1] == known.get("targetLabels", known.get("podTargetLabels"))
 
 
+@pytest.mark.parametrize("kind", ["none", "operator", "plain"])
+def test_notes_where_the_kinds_are(kind: str, helm: Helm, tmp_path: Path) -> None:
+    """What is scraped, by which label; a warning wherever another chart's monitors could be too."""
+    asked = settings(cluster__kind=kind, monitors__preset="operator" if kind == "none" else "")
+    said = helm.notes_where((MONITORING, OPERATOR), tmp_path, *asked)
+    label = "dask_cluster" if kind == "plain" else "dask.org/cluster-name"
+    notes = " ".join(said.split())
+    assert f"label `dask_cluster` from `{label}`" in notes
+    assert "Monitors: schedulers of" in notes
+    assert ("every sum doubles" in notes) == (kind != "plain")
+    assert ("helm test measured --namespace science" in notes) == (kind != "none")
+    # It reacts to replica counts only: the notes say so, and offer the way.
+    following = "measured-dask-memusage-exporter-1"
+    assert ("Raise cluster.operator.generation" in notes) == (kind == "operator")
+    assert (f"the next one is named {following}" in notes) == (kind == "operator")
+    if kind == "none":
+        assert snippet(said, "spec:")["spec"]["worker"]
+
+
 def test_others_chart_takes_what_the_notes_say(helm: Helm, tmp_path: Path) -> None:
     """The operator's own chart with the printed values has the label on both monitors."""
     import dask_kubernetes
@@ -200,13 +231,15 @@ def test_the_image_has_what_the_chart_starts(jemalloc: str) -> None:
     (entry,) = (rest for kind, rest in found if kind == "ENTRYPOINT")
     assert yaml.safe_load(entry) == values["cluster"]["command"][:2]
     (doctor,) = (rest for kind, rest in found if "doctor" in rest)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["sh", "-c", doctor], env={**os.environ, "PATH": path}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "source    jemalloc" in done.stdout
     library = values["config"]["jemalloc"]["library"]
     assert f"LD_PRELOAD={library} " in doctor
     assert Path(jemalloc).name == library
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    without = doctor.replace(library, "libnone.so.2"), doctor.replace("PYTHONMALLOC=malloc", "")
+    for command in (doctor, *without):
+        done = subprocess.run(
+            ["sh", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert (done.returncode == 0) == (command == doctor), done.stderr
+        assert "This machine: Python" in done.stderr

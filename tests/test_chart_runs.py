@@ -187,6 +187,21 @@ def test_the_charts_own_test_passes(deployed: Deployed) -> None:
     assert 'task_prefix_name="helm-test"' in said
 
 
+def test_the_charts_own_test_begins_where_there_are_no_workers(deployed: Deployed) -> None:
+    """Scaled to none: its task is what the operator asks the scheduler for, and starts one for."""
+    (pod,) = pods(of_kind(deployed.rendered, "Pod"))
+    deployed.worker.terminate()
+    deployed.worker.wait(30)
+    waiting = deployed.kubelet.pod("test-of-none", pod).start()
+
+    def wanted(dask_scheduler: Any) -> int:
+        return dask_scheduler.adaptive_target()
+
+    wait_until(lambda: deployed.client.run_on_scheduler(wanted) == 1, 60, "a worker to be wanted")
+    deployed.worker = deployed.worker_pod.start()
+    assert 'task_prefix_name="helm-test"' in waiting.end(90)
+
+
 def test_a_worker_without_the_package_works_and_is_counted(deployed: Deployed) -> None:
     """A pod whose init container has installed nothing: its tasks run, the page says missing."""
     (made,) = (one for one in pods(deployed.rendered) if one.where.endswith("-worker"))

@@ -72,17 +72,6 @@ def test_what_the_configuration_says_is_what_the_package_takes(values: Path, hel
     assert configured["distributed"]["scheduler"]["preload"] == ["dask_memusage_exporter"]
 
 
-def test_other_preloads_stay(helm: Helm) -> None:
-    """A preload that is configured beside ours keeps its place, and ours is not named twice."""
-    mine = {"distributed": {"scheduler": {"preload": ["mine", "dask_memusage_exporter"]}}}
-    configured = helm.render(*PRESET, *settings(config__dask=mine))
-    text = the(configured, "ConfigMap", "-dask")["data"]["dask-memusage.yaml"]
-    assert yaml.safe_load(text)["distributed"]["scheduler"]["preload"] == [
-        "mine",
-        "dask_memusage_exporter",
-    ]
-
-
 def test_every_part_can_be_left_out(helm: Helm) -> None:
     """With all of `.enabled` off there is nothing; a cluster has its configuration with it."""
     off = settings(
@@ -127,29 +116,6 @@ def test_the_resource_of_opentelemetry_has_namespace_and_node(helm: Helm) -> Non
     assert found["value"] == "k8s.namespace.name=science,k8s.node.name=$(K8S_NODE_NAME)"
     assert environment(endpoint, mine) == [mine]
     assert environment() == []
-
-
-def test_additional_labels_are_on_every_kind_that_an_operator_selects(helm: Helm) -> None:
-    """Monitors and rules have the labels they are selected by, in the namespaces given."""
-    label = {"release": "kube-prometheus-stack"}
-    rendered = helm.render(
-        *PRESET,
-        *settings(
-            monitors__additionalLabels=label, rules__additionalLabels=label,
-            monitors__workers__enabled=True, monitors__namespace="monitoring",
-            rules__namespace="alerts", monitors__namespaceSelector={"matchNames": ["a", "b"]},
-        ),
-    )  # fmt: skip
-    for kind, namespace in (
-        ("ServiceMonitor", "monitoring"),
-        ("PodMonitor", "monitoring"),
-        ("PrometheusRule", "alerts"),
-    ):
-        one = the(rendered, kind)
-        assert label.items() <= one["metadata"]["labels"].items()
-        assert one["metadata"]["namespace"] == namespace
-        if "Monitor" in kind:
-            assert one["spec"]["namespaceSelector"] == {"matchNames": ["a", "b"]}
 
 
 def test_without_the_kinds_a_cluster_of_its_own_has_annotations(helm: Helm) -> None:

@@ -23,16 +23,21 @@ _WIDTH = 100
 _THRESHOLDS = re.compile(r"(?<=docs/alerts\.md\.\n)  thresholds:.*?(?=\n\n)", re.DOTALL)
 _KEY = re.compile(r"( *)([\w-]+):")
 
+#: As in monitoring/rules.py.
+_MATCHER = r'[a-zA-Z_][a-zA-Z0-9_]* *(=~|!~|!=|=) *"([^"\\\n]|\\.)*"'
+
 _TYPES = {
-    "duration": {"type": "string", "pattern": "^([0-9]+(ms|[smhdw]))+$"},
+    # Each unit once, the largest first; templates/_thresholds.tpl has the bounds.
+    "duration": {
+        "type": "string",
+        "minLength": 1,
+        "pattern": "^([0-9]+w)?([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$",
+    },
     "labels": {
         "type": "string",
         "pattern": "^([a-zA-Z_][a-zA-Z0-9_]*(\\s*,\\s*[a-zA-Z_][a-zA-Z0-9_]*)*)?$",
     },
-    "matchers": {
-        "type": "string",
-        "pattern": '^([a-zA-Z_][a-zA-Z0-9_]*\\s*(=~|!~|!=|=)\\s*"[^"\\n]*"(\\s*,\\s*|$))*$',
-    },
+    "matchers": {"type": "string", "pattern": f"^({_MATCHER}( *, *{_MATCHER})*)?$"},
     "text": {"type": "string", "pattern": '^[^\\s"\\\\%{}]+$'},
 }
 
@@ -75,7 +80,25 @@ def schema() -> str:
     }
     settings = yaml.safe_load((PACKAGE / "memusage-schema.yaml").read_text())
     whole["properties"]["config"]["properties"]["memusage"] = settings["properties"]["memusage"]
+    _require(whole, yaml.safe_load(values()), whole["definitions"])
     return json.dumps(whole, indent=2) + "\n"
+
+
+def _require(schema: dict[str, Any], values: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """Have a null refused, by which Helm takes a default away: sections, and all plain values.
+
+    Lists and what is as in Kubernetes may go.
+    """
+    schema["required"] = []
+    for name, value in values.items():
+        part = schema["properties"][name]
+        if part.get("$ref") == "#/definitions/monitor":
+            part = definitions["monitor"]
+        if part.get("type") == "object" and "properties" in part:
+            _require(part, value, definitions)
+        elif isinstance(value, (dict, list)):
+            continue
+        schema["required"].append(name)
 
 
 def _type(one: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,10 @@
-{{/* Dask's configuration, a YAML file of it. A list of preloads that is given keeps its entries. */}}
+{{/* Dask's configuration, a YAML file of it. Preloads that are given, a list or one, stay. */}}
 {{- define "memusage.daskConfig" -}}
-{{- $config := deepCopy .Values.config.dask -}}
+{{- $config := default dict .Values.config.dask | deepCopy -}}
 {{- $preload := dig "distributed" "scheduler" "preload" list $config | default list -}}
+{{- if kindIs "string" $preload -}}
+{{- $preload = list $preload -}}
+{{- end -}}
 {{- $distributed := dict
       "scheduler" (dict "preload" (append $preload "dask_memusage_exporter" | uniq))
       "dashboard" (dict "prometheus" (dict "namespace" .Values.metricNamespace)) -}}
@@ -48,6 +51,11 @@
 {{- end -}}
 {{- end -}}
 {{- toJson $lines -}}
+{{- end -}}
+
+{{/* Where workers note what they run; may be nothing. */}}
+{{- define "memusage.flight" -}}
+{{- dig "flight-directory" "" (default dict .Values.config.memusage) -}}
 {{- end -}}
 
 {{- define "memusage.configMap" -}}

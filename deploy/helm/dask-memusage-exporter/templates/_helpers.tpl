@@ -24,19 +24,26 @@
 {{- end -}}
 {{- end -}}
 
+{{/* As JSON. */}}
 {{- define "memusage.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "memusage.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+{{- dict "app.kubernetes.io/name" (include "memusage.name" .) "app.kubernetes.io/instance" .Release.Name | toJson -}}
 {{- end -}}
 
 {{- define "memusage.labels" -}}
-{{ include "memusage.selectorLabels" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- include "memusage.labelsWith" (dict "root" .) -}}
+{{- end -}}
+
+{{/*
+Labels, each key once: who sets one that is there already has the last word, but for those that select.
+Arguments: root; more, a dict that may be nothing.
+*/}}
+{{- define "memusage.labelsWith" -}}
+{{- $labels := dict
+      "app.kubernetes.io/version" .root.Chart.AppVersion
+      "app.kubernetes.io/managed-by" .root.Release.Service
+      "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_") -}}
+{{- $selected := include "memusage.selectorLabels" .root | fromJson -}}
+{{- mergeOverwrite $labels (default dict .root.Values.commonLabels) (default dict .more) $selected | toYaml -}}
 {{- end -}}
 
 {{/* What selects the pods of a cluster of our own, as JSON. Arguments: root, role. */}}
@@ -44,7 +51,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if eq .root.Values.cluster.kind "operator" -}}
 {{- dict "dask.org/cluster-name" (include "memusage.cluster" .root) "dask.org/component" .role | toJson -}}
 {{- else -}}
-{{- $labels := include "memusage.selectorLabels" .root | fromYaml -}}
+{{- $labels := include "memusage.selectorLabels" .root | fromJson -}}
 {{- set $labels "app.kubernetes.io/component" .role | toJson -}}
 {{- end -}}
 {{- end -}}

@@ -19,24 +19,16 @@ prometheus.io/path: {{ $own.path }}
 {{- end -}}
 
 {{- define "memusage.podLabels" -}}
-{{ include "memusage.labels" .root }}
-{{- if eq .root.Values.cluster.kind "plain" }}
-app.kubernetes.io/component: {{ .role }}
-{{- end }}
-dask_cluster: {{ include "memusage.cluster" .root }}
-{{- with (index .root.Values.cluster .role).podLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $own := default dict (index .root.Values.cluster .role).podLabels | deepCopy -}}
+{{- $ours := dict "app.kubernetes.io/component" .role "dask_cluster" (include "memusage.cluster" .root) -}}
+{{- include "memusage.labelsWith" (dict "root" .root "more" (mergeOverwrite $own $ours)) -}}
 {{- end -}}
 
-{{/* Arguments further: annotations, as YAML. */}}
+{{/* Arguments further: scrape, annotations as YAML. */}}
 {{- define "memusage.podAnnotations" -}}
-{{- with .annotations }}
-{{ . }}
-{{- end }}
-{{- with (index .root.Values.cluster .role).podAnnotations }}
-{{ toYaml . }}
-{{- end }}
+{{- $annotations := dict "checksum/config" (include "memusage.daskConfig" .root | sha256sum) -}}
+{{- $own := default dict (index .root.Values.cluster .role).podAnnotations -}}
+{{- mergeOverwrite $annotations (.scrape | fromYaml) $own | toYaml -}}
 {{- end -}}
 
 {{- define "memusage.arguments" -}}
@@ -70,8 +62,21 @@ dask_cluster: {{ include "memusage.cluster" .root }}
 {{- end }}
 {{- end -}}
 
-{{/* The operator sets name and address of a worker's scheduler itself. */}}
+{{/* Each name once, the last: what is applied on the server's side may have none twice. */}}
 {{- define "memusage.environment" -}}
+{{- $seen := list -}}
+{{- $lines := list -}}
+{{- range include "memusage.variables" . | fromYamlArray | reverse -}}
+{{- if not (has .name $seen) -}}
+{{- $seen = append $seen .name -}}
+{{- $lines = prepend $lines . -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $lines -}}
+{{- end -}}
+
+{{/* The operator sets name and address of a worker's scheduler itself. */}}
+{{- define "memusage.variables" -}}
 {{- $values := .root.Values -}}
 - {name: DASK_CONFIG, value: {{ include "memusage.configPath" . }}}
 - {name: HOME, value: /tmp}
@@ -118,7 +123,7 @@ dask_cluster: {{ include "memusage.cluster" .root }}
 {{- $values := .root.Values -}}
 {{- $cluster := $values.cluster -}}
 {{- $own := index $cluster .role -}}
-{{- $flight := ternary (index $values.config.memusage "flight-directory") "" (eq .role "worker") -}}
+{{- $flight := ternary (include "memusage.flight" .root) "" (eq .role "worker") -}}
 serviceAccountName: {{ include "memusage.serviceAccount" .root }}
 automountServiceAccountToken: false
 # Variables of Services whose names begin with dask would be configuration to Dask.

@@ -86,10 +86,7 @@ metadata:
   name: {{ include "memusage.fullname" .root }}-{{ .part }}
   namespace: {{ default .root.Release.Namespace $monitors.namespace }}
   labels:
-    {{- include "memusage.labels" .root | nindent 4 }}
-    {{- with $monitors.additionalLabels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- include "memusage.labelsWith" (dict "root" .root "more" $monitors.additionalLabels) | nindent 4 }}
 spec:
   namespaceSelector:
     {{- if $monitors.namespaceSelector }}

@@ -18,7 +18,7 @@ volumes:
   - {name: dask-memusage, emptyDir: {sizeLimit: {{ $values.package.sizeLimit }}}}
   - {name: tmp, emptyDir: {}}
   {{- end }}
-  {{- if and (eq .role "worker") (index $values.config.memusage "flight-directory") }}
+  {{- if and (eq .role "worker") (include "memusage.flight" .root) }}
   - {name: dask-memusage-flight, emptyDir: {sizeLimit: 16Mi}}
   {{- end }}
 {{- end -}}
@@ -44,7 +44,7 @@ volumeMounts:
 {{- define "memusage.snippetMounts" -}}
 - {name: dask-memusage-config, mountPath: {{ include "memusage.configPath" .root }}, readOnly: true}
 {{- if eq .role "worker" }}
-{{- with index .root.Values.config.memusage "flight-directory" }}
+{{- with include "memusage.flight" .root }}
 - {name: dask-memusage-flight, mountPath: {{ . }}}
 {{- end }}
 {{- end }}
@@ -72,7 +72,7 @@ worker:
   mounts:
     volumes:
       - {name: dask-memusage-config, configMap: {name: {{ include "memusage.configMap" . }}}}
-      {{- if index .Values.config.memusage "flight-directory" }}
+      {{- if include "memusage.flight" . }}
       - {name: dask-memusage-flight, emptyDir: {sizeLimit: 16Mi}}
       {{- end }}
     volumeMounts:
