@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -143,9 +144,12 @@ def test_a_regression_and_a_kill_reach_the_webhook(
         assert fired["labels"]["task_prefix_name"] == "load"
         assert fired["labels"]["severity"] == "warning"
         text = fired["annotations"]["description"]
-        assert "grow by 200" in text, text
-        assert "before it was 100" in text, text
-        assert fired["annotations"]["summary"].startswith("Tasks load need 100 % more memory")
+        figures = re.search(r"grow by ([\d.]+)MiB .* before it was ([\d.]+)MiB", text)
+        assert figures, text
+        assert [float(one) for one in figures.groups()] == pytest.approx([200, 100], rel=0.02)
+        more_by = re.match(r"Tasks load need (\d+) % more memory", fired["annotations"]["summary"])
+        assert more_by, fired["annotations"]["summary"]
+        assert int(more_by[1]) == pytest.approx(100, abs=4)
 
         pid = servers.client.submit(os.getpid).result()
         future = servers.client.submit(tasks.wait_for, go.path, key="waiter-0", pure=False)
