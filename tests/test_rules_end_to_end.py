@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 from distributed import Client
 
 from dask_memusage_exporter.monitoring.rules import rules
