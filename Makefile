@@ -6,8 +6,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 # Of the newest releases only: nothing that the chart's tests check depends on the version of Dask.
 TEST_EXTRAS ?= chart
-# Tests wait for processes to start and end most of the time: two run at once on two cores.
-TEST_WORKERS ?= 2
+# Tests wait for processes to start and end most of the time: three run at once on two cores.
+TEST_WORKERS ?= 3
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-floor test-store lint bench docs dashboards pictures clean

@@ -167,18 +167,22 @@ def test_tasks_that_overlap(
     run = demo("--input", str(folder), "--workers", "1", "--threads", "2", **surroundings)
 
     assert run.returncode == 0, run.stderr
-    [a] = [line.split() for line in run.stdout.splitlines() if line.startswith("a.txt ")]
+    lines = [line.split() for line in run.stdout.splitlines()]
+    large = [line for line in lines if line and line[0] in ("a.txt", "b.txt", "below/large.txt")]
+    assert len(large) == 3
     text = " ".join(run.stdout.split())
     if source == "auto":
-        assert a[-2] == "thread"
+        assert {line[-2] for line in large} == {"thread"}
         assert "Growth is known for" in text
         assert "It is all that can be read without jemalloc" in text
     else:
-        assert a[5] == "-"
-        assert a[-2] == "shared/overlap"
+        # Two at once; the third may find itself alone.
+        shared = [line for line in large if line[-2] == "shared/overlap"]
+        assert len(shared) >= 2
+        assert {line[5] for line in shared} == {"-"}
         assert " overlap: another task ran in the process meanwhile" in text
         assert "run with --threads 1" in text
-        assert "The worst task needs" not in text
+        assert "The worst task needs" not in text or len(shared) < 3
         assert ("/no/such/libjemalloc.so.2: there is no such file" in text) == (" " in source)
 
 
