@@ -478,7 +478,9 @@ def test_unwaited_subprocess(one: Measured) -> None:
     child = one.client.submit(tasks.unwaited_child, 100, key="unwaited-child")
     one.client.submit(tasks.wait_for_child, child).result()
     assert_shared(records(one, "unwaited-child")[0], "polling", 99)
-    assert_own(run(one, "after-unwaited-child", tasks.array), 100)
+    # What the worker itself brings in meanwhile, if anything, is said, and is no child's doing.
+    after = (run(one, f"after-unwaited-child-{n}", tasks.array) for n in range(3))
+    assert_own(next(record for record in after if record.reason != "transfer"), 100)
 
 
 def test_multiprocessing_fork(one: Measured) -> None:
