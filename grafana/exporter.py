@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from grafana.panels import NONE_IS_GOOD, PREFIX, Column, Dashboard, Lines, Query, Row, Stat, Table
+from grafana.panels import (
+    NONE_IS_GOOD,
+    OF_SHARED,
+    PREFIX,
+    Column,
+    Dashboard,
+    Lines,
+    Query,
+    Row,
+    Stat,
+    Table,
+)
 from grafana.promql import gained, in_range
 
 _TASKS = "<task_memory_tasks_total>"
@@ -56,7 +67,7 @@ STATS = Row(
             turn jemalloc on.""",
             (Query(f"sum({in_range(_SHARED)}) / (sum({in_range(_TASKS)}) > 0)"),),
             "percentunit",
-            ((None, "green"), (0.5, "orange"), (0.9, "red")),
+            OF_SHARED,
             no_value="no tasks",
             decimals=0,
         ),
@@ -104,7 +115,7 @@ SOURCES = Row(
                     f"sum by (task_prefix_name) ({in_range(_SHARED)}) / "
                     f"(sum by (task_prefix_name) ({in_range(_TASKS)}) > 0)",
                     "percentunit",
-                    ((None, "green"), (0.5, "orange"), (0.9, "red")),
+                    OF_SHARED,
                     decimals=0,
                 ),
                 Column("Tasks", f"sum by (task_prefix_name) ({in_range(_TASKS)})", decimals=0),

@@ -7,9 +7,10 @@ from grafana.promql import by_prefix, gained, in_range
 
 _KILLED = "task_memory_killed_tasks_total"
 
-
+#: In the time range, of each prefix.
+KILLED = by_prefix("sum", in_range(f"<{_KILLED}>"))
 #: Of prefixes that lost a task in the time range; the metrics stay for ever.
-_LATELY = f"and on (task_prefix_name) ({by_prefix('sum', in_range(f'<{_KILLED}>'))} > 0)"
+_LATELY = f"and on (task_prefix_name) ({KILLED} > 0)"
 
 
 def _by_cause(cause: str) -> str:
@@ -27,7 +28,7 @@ TABLE = Table(
     (
         Column(
             "Killed",
-            by_prefix("sum", in_range(f"<{_KILLED}>")) + " > 0",
+            f"{KILLED} > 0",
             thresholds=NONE_IS_GOOD,
             decimals=0,
         ),

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dask_memusage_exporter import monitoring
 from dask_memusage_exporter.monitoring import rules
 from grafana import exporter, overview, prefix, workers
 from grafana.factory import Factory
@@ -48,14 +47,15 @@ def generated(root: Path = ROOT) -> dict[str, str]:
     What is ready to import is the templates as the package fills them in by default. The chart's
     copies are the templates' own bytes: it fills them in with its values.
     """
-    made = {f"{PACKAGE}/{path}": text for path, text in (*templates(), *runbooks(root))}
-    for path, text in templates():
+    boards = dict(templates())
+    made = {f"{PACKAGE}/{path}": text for path, text in (*boards.items(), *runbooks(root))}
+    for path, text in boards.items():
         _, flavour, name = path.split("/")
         folder = "grafana/dashboards" if flavour == "scrape" else f"grafana/{flavour}"
-        made[f"{folder}/{name}"] = monitoring.fill(text, "dask")
+        made[f"{folder}/{name}"] = rules.fill(text, "dask")
     made["grafana/rules/dask-memusage.yaml"] = rules.rules("dask")
     if (root / CHART).is_dir():
-        for path, text in templates():
+        for path, text in boards.items():
             made[f"{CHART}/files/{path}"] = text
         for name in ("rules.yaml", "thresholds.yaml"):
             made[f"{CHART}/files/{name}"] = (root / PACKAGE / name).read_text()

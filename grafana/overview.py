@@ -6,6 +6,7 @@ from grafana import killed
 from grafana.panels import (
     CHANGE,
     NONE_IS_GOOD,
+    OF_KNOWN,
     OF_LIMIT,
     PREFIX,
     Column,
@@ -40,9 +41,8 @@ TASKS = by_prefix("sum", in_range("<task_memory_tasks_total>"))
 _OWN = by_prefix("sum", in_range('<task_memory_tasks_total{scope!="shared"}>'))
 #: Share of tasks whose growth is known.
 KNOWN = f"{_OWN} / ({TASKS} > 0)"
-_KILLED = by_prefix("sum", in_range("<task_memory_killed_tasks_total>"))
 #: Of prefixes that ran, and of those that were killed: none of them makes a row of a stranger.
-KILLED = f"({_KILLED} > 0 or {_KILLED} and on (task_prefix_name) {TASKS})"
+_KILLED = f"({killed.KILLED} > 0 or {killed.KILLED} and on (task_prefix_name) {TASKS})"
 _SECONDS = by_prefix("sum", in_range("<dask:scheduler_tasks_compute_seconds_total>"))
 #: Of bytes and seconds, in the unit of bills.
 _GIB_HOUR = 2**30 * 3600
@@ -128,7 +128,7 @@ STATS = Row(
                 ),
             ),
             "percentunit",
-            ((None, "orange"), (0.5, "green")),
+            OF_KNOWN,
             decimals=0,
             width=3,
         ),
@@ -173,7 +173,7 @@ COSTS = Row(
                 Column("Growth known", KNOWN, "percentunit", decimals=0),
                 Column(
                     "Killed",
-                    KILLED,
+                    _KILLED,
                     thresholds=NONE_IS_GOOD,
                     decimals=0,
                 ),

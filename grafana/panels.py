@@ -28,6 +28,9 @@ OF_LIMIT: Thresholds = ((None, "green"), (0.8, "orange"), (_default("near-limit-
 _REGRESSION = _default("regression-percent")
 CHANGE: Thresholds = ((None, "green"), (_REGRESSION / 2, "orange"), (_REGRESSION, "red"))
 BESIDE: Thresholds = tuple((None if at is None else 1 + at, color) for at, color in CHANGE)
+#: A share of tasks whose growth is known, and of those whose growth is not.
+OF_KNOWN: Thresholds = ((None, "orange"), (0.5, "green"))
+OF_SHARED: Thresholds = ((None, "green"), (0.5, "orange"), (0.9, "red"))
 PLAIN: Thresholds = ((None, "text"),)
 
 #: What tables by prefix are by: the label, and its column's title.

@@ -9,6 +9,7 @@ from grafana.panels import (
     CHANGE,
     NO_WORKERS,
     NONE_IS_GOOD,
+    OF_KNOWN,
     OF_LIMIT,
     Column,
     Dashboard,
@@ -20,7 +21,7 @@ from grafana.panels import (
     Stat,
     Table,
 )
-from grafana.promql import by_prefix, gained, in_range, mean, quantile
+from grafana.promql import gained, in_range, mean, quantile
 
 _INPUT = "task_memory_input_bytes"
 _MAX = "<task_memory_peak_maximum_bytes>"
@@ -103,7 +104,7 @@ STATS = Row(
             the large ones; jemalloc or one thread a worker make it more.""",
             (Query(KNOWN),),
             "percentunit",
-            ((None, "orange"), (0.5, "green")),
+            OF_KNOWN,
             decimals=0,
             width=3,
         ),
@@ -122,7 +123,7 @@ STATS = Row(
             "Killed",
             """Its tasks that were executing when their worker died. Any: see the post-mortem at
             the end of this page.""",
-            (Query(by_prefix("sum", in_range("<task_memory_killed_tasks_total>"))),),
+            (Query(killed.KILLED),),
             thresholds=NONE_IS_GOOD,
             decimals=0,
             width=3,

@@ -53,7 +53,7 @@ def files(
     # Checks the namespace, whatever is made of it.
     alerts = rules.rules(namespace, thresholds)
     made = {
-        f"dashboards/{file.name}": fill(file.read_text(), namespace)
+        f"dashboards/{file.name}": rules.fill(file.read_text(), namespace)
         for file in sorted((_HERE / "dashboards" / flavour).glob("*.json"))
     }
     for file in sorted((_HERE / "provisioning").glob("*/*.yaml")):
@@ -61,11 +61,6 @@ def files(
     if flavour == "scrape":
         made["rules/dask-memusage.yaml"] = alerts
         for file in sorted((_HERE / "runbooks").glob("*.md")):
-            made[f"runbooks/{file.name}"] = fill(file.read_text(), namespace)
+            made[f"runbooks/{file.name}"] = rules.fill(file.read_text(), namespace)
         made.update({name: (_HERE / name).read_text() for name in _EXAMPLES})
     return made
-
-
-def fill(template: str, namespace: str) -> str:
-    """Return a template with the metric namespace put in."""
-    return template.replace("%NAMESPACE%_", f"{namespace}_" if namespace else "")

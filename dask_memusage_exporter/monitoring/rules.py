@@ -57,9 +57,13 @@ def rules(namespace: str = "dask", given: Mapping[str, object] | None = None) ->
             f"namespace: {namespace!r} cannot begin a metric's name; letters, digits and _ can"
         )
     values = checked(given or {})
-    text = (_HERE / "rules.yaml").read_text()
-    text = text.replace("%NAMESPACE%_", f"{namespace}_" if namespace else "")
+    text = fill((_HERE / "rules.yaml").read_text(), namespace)
     return _PLACEHOLDER.sub(lambda found: values[found[1]], text)
+
+
+def fill(template: str, namespace: str) -> str:
+    """Return a template, of rules or of another file, with the metric namespace put in."""
+    return template.replace("%NAMESPACE%_", f"{namespace}_" if namespace else "")
 
 
 def checked(given: Mapping[str, object]) -> dict[str, str]:
