@@ -66,6 +66,20 @@ def collector(
     process.wait(30)
 
 
+def send(monkeypatch: pytest.MonkeyPatch, **signals: tuple[str, str]) -> None:
+    """Have each signal sent, soon, to an endpoint by a protocol."""
+    for signal, (endpoint, protocol) in signals.items():
+        monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", endpoint)
+        monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", protocol)
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+
+
+def below_parent() -> AbstractContextManager[Any]:
+    """What is submitted there is below a span that somebody else has started."""
+    return dask.annotate(traceparent=f"00-{TRACE}-{PARENT}-01")
+
+
 @contextmanager
 def a_thousand_tasks(path: Path, parent: AbstractContextManager[Any]) -> Iterator[dict[str, Any]]:
     """Run them on four workers, submitted under a parent; yield the CSV's rows by task."""
@@ -100,18 +114,10 @@ def test_metrics_over_http_and_spans_over_grpc(
 ) -> None:
     """A real store's count and sum equal the CSV's; spans are all there, in one trace."""
     with receiver("grpc") as traces:
-        for name, value in {
-            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": store.endpoint,
-            "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/protobuf",
-            "OTEL_METRIC_EXPORT_INTERVAL": "500",
-            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": traces.endpoint,
-            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
-            "OTEL_BSP_SCHEDULE_DELAY": "200",
-        }.items():
-            monkeypatch.setenv(name, value)
-        with a_thousand_tasks(
-            tmp_path / "memusage.csv", dask.annotate(traceparent=f"00-{TRACE}-{PARENT}-01")
-        ) as of_task:
+        send(
+            monkeypatch, METRICS=(store.endpoint, "http/protobuf"), TRACES=(traces.endpoint, "grpc")
+        )
+        with a_thousand_tasks(tmp_path / "memusage.csv", below_parent()) as of_task:
             name = 'dask_worker_task_memory_peak_bytes_{}{{dask_task_prefix_name="stored"}}'
             count, total = (f"sum({name.format(part)})" for part in ("count", "sum"))
             wait_until(lambda: store.query(count) == [TASKS], what=count)
@@ -128,18 +134,9 @@ def test_metrics_over_grpc_and_spans_over_http(
 ) -> None:
     """The other way round: the store takes HTTP only, and a real collector stands before it."""
     with receiver() as traces:
-        for name, value in {
-            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": collector,
-            "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "grpc",
-            "OTEL_METRIC_EXPORT_INTERVAL": "500",
-            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{traces.endpoint}/v1/traces",
-            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-            "OTEL_BSP_SCHEDULE_DELAY": "200",
-        }.items():
-            monkeypatch.setenv(name, value)
-        with a_thousand_tasks(
-            tmp_path / "memusage.csv", dask.annotate(traceparent=f"00-{TRACE}-{PARENT}-01")
-        ) as of_task:
+        url = f"{traces.endpoint}/v1/traces"
+        send(monkeypatch, METRICS=(collector, "grpc"), TRACES=(url, "http/protobuf"))
+        with a_thousand_tasks(tmp_path / "memusage.csv", below_parent()) as of_task:
 
             def stored(name: str, more: str = "") -> list[float]:
                 labels = f'dask_task_prefix_name="stored"{more}'
