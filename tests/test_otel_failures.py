@@ -45,6 +45,11 @@ def servers(tmp_path: Path) -> Iterator[Servers]:
     servers.close()
 
 
+def held(dask_scheduler: Any) -> int:
+    """Return how many tasks a scheduler knows."""
+    return len(dask_scheduler.tasks)
+
+
 def closed_in(said: str) -> list[float]:
     """Return the seconds that processes have taken to let us go, by their own logs."""
     return [float(one) for one in re.findall(r"dask-memusage: closed in ([\d.]+) s", said)]
@@ -85,6 +90,8 @@ def test_failing_receivers_delay_nothing(protocol: str, servers: Servers) -> Non
         servers.client.gather(servers.client.map(abs, range(300), pure=False))
         assert time.monotonic() - began < 5
         wait_until(lambda: silent.arrived and unavailable.arrived and refusing.arrived)
+        # What a worker takes with it is computed once more, for as long as the client wants it.
+        wait_until(lambda: not servers.client.run_on_scheduler(held), what="results to be let go")
         for server in workers.values():
             server.process.terminate()
         took = {}
