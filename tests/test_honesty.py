@@ -480,7 +480,7 @@ def test_failing_source(one: Measured) -> None:
     """An error of ours in start and stop reaches no task: counted by stage, and logged once."""
 
     def break_it(dask_worker: Any) -> None:
-        source = dask_worker.extensions["memusage"]._process.tracker._source
+        source = dask_worker.extensions["memusage"].measuring.tracker._source
 
         def fail(*_: Any) -> None:
             raise OSError("broken on purpose")
@@ -489,9 +489,9 @@ def test_failing_source(one: Measured) -> None:
 
     def mend_it(dask_worker: Any) -> tuple[dict[str, int], dict[str, int], Any]:
         agent = dask_worker.extensions["memusage"]
-        del agent._process.tracker._source.faults
-        health = agent._process.health
-        return health.errors, health.dropped, agent._seam_fault
+        del agent.measuring.tracker._source.faults
+        health = agent.measuring.health
+        return health.errors, health.dropped, agent.executions.seam_fault
 
     one.client.run(break_it)
     results = one.client.gather(one.client.map(len, [[1]] * 20, key="unmeasured", pure=False))
@@ -515,7 +515,7 @@ def test_event_loop_is_free(one: Measured, go: Gate) -> None:
     """While our work runs on the task's thread, the worker's lock is free and its loop goes on."""
 
     def hold_up(dask_worker: Any, path: str) -> None:
-        tracker = dask_worker.extensions["memusage"]._process.tracker
+        tracker = dask_worker.extensions["memusage"].measuring.tracker
         start = tracker.start
 
         def slow(*args: Any) -> Any:

@@ -237,10 +237,11 @@ def healthy(cluster: Measured) -> bool:
     """Return whether no error has been counted, no record dropped and nothing of a task left."""
 
     def ask(agent: Any) -> tuple[int, int, int]:
-        health = agent._process.health
+        health = agent.measuring.health
         # An actor's method that has raised keeps its place until the next call on its thread.
-        on_threads = [is_task for _, _, is_task in agent._by_thread.values()]
-        left = map(len, (agent._closed, agent._without_thread, agent._before))
+        on_threads = [is_task for _, _, is_task in agent.hooks._by_thread.values()]
+        held = agent.executions
+        left = map(len, (held.closed, held.without_thread, held._before))
         return sum(health.errors.values()), sum(health.dropped.values()), sum(on_threads, sum(left))
 
     assert memusage(cluster, ask) == (0, 0, 0)
@@ -270,10 +271,10 @@ def test_seceded_for_ever(one: Measured, go: Gate) -> None:
     assert record.growth_bytes == pytest.approx(100 * MIB, rel=0.02)
     held = memusage(
         one,
-        lambda agent: [len(bracket.others or ()) for bracket, *_ in agent._by_thread.values()],
+        lambda agent: [len(bracket.others or ()) for bracket in agent.hooks.on_threads()],
     )
     assert sum(held) <= 2
-    assert memusage(one, lambda agent: len(agent._process.tracker._open)) <= 3
+    assert memusage(one, lambda agent: len(agent.measuring.tracker._open)) <= 3
     go.open()
     endless.result()
     (record,) = records(one, "endless")
@@ -564,7 +565,7 @@ def test_nothing_is_left(one: Measured, many: Measured, caplog: pytest.LogCaptur
     for cluster in (one, many):
         assert healthy(cluster)
         # The question itself runs on the event loop.
-        wait_until(lambda c=cluster: memusage(c, lambda a: len(a._process.tracker._open)) == 1)
+        wait_until(lambda c=cluster: memusage(c, lambda a: len(a.measuring.tracker._open)) == 1)
         logs = cluster.client.get_worker_logs()
         lines = [line for log in logs.values() for level, line in log if level == "WARNING"]
         assert not [line for line in lines if "memusage" in line]

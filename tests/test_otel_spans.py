@@ -13,7 +13,7 @@ import dask
 import pytest
 from distributed import Client, span
 
-from dask_memusage_exporter import install, worker
+from dask_memusage_exporter import install, worker_spans
 from tests import tasks
 from tests.conftest import (
     Measured,
@@ -301,7 +301,7 @@ def test_actors_failures_that_wait_to_be_told_are_bounded() -> None:
 
 
 def bound_raised(most: int) -> None:
-    worker._MOST_RAISED = most
+    worker_spans._MOST_RAISED = most
 
 
 def waiting_calls(dask_worker: Any) -> int:
