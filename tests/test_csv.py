@@ -81,8 +81,8 @@ def _no_file_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     """Take the files of a test off the shared cluster: each one is written to for every record."""
     yield
     if "two" in request.fixturenames:
-        agent = request.getfixturevalue("two").cluster.scheduler.extensions["memusage"]
-        agent.sinks = [sink for sink in agent.sinks if not isinstance(sink, CsvFile)]
+        rows = request.getfixturevalue("two").cluster.scheduler.extensions["memusage"].rows
+        rows.sinks = [sink for sink in rows.sinks if not isinstance(sink, CsvFile)]
 
 
 # -- the format ---------------------------------------------------------------------------
@@ -478,11 +478,11 @@ def test_garbage_is_counted_and_harms_nothing(two: Measured) -> None:
     ]  # fmt: skip
 
     async def feed() -> None:
-        agent.handle_records(rows=[good, *garbage, good], worker="tcp://127.0.0.1:1")
-        agent.handle_records(rows=None, worker="tcp://127.0.0.1:1")
-        agent.handle_records(rows=good, worker="tcp://127.0.0.1:1")
-        agent.handle_records()
-        agent.handle_records(rows=[good], worker="", surprise=True)
+        agent.rows.take(rows=[good, *garbage, good], worker="tcp://127.0.0.1:1")
+        agent.rows.take(rows=None, worker="tcp://127.0.0.1:1")
+        agent.rows.take(rows=good, worker="tcp://127.0.0.1:1")
+        agent.rows.take()
+        agent.rows.take(rows=[good], worker="", surprise=True)
 
     two.client.sync(feed)
     assert len(two.records.of("wheat")) == 3
@@ -497,7 +497,7 @@ def test_records_of_a_worker_that_has_gone_are_kept(two: Measured) -> None:
 
     async def feed() -> None:
         for worker in ("tcp://10.0.0.1:1234", "", "tcp://127.0.0.1:1"):
-            agent.handle_records(rows=[to_row(RECORD._replace(key="late-1"))], worker=worker)
+            agent.rows.take(rows=[to_row(RECORD._replace(key="late-1"))], worker=worker)
 
     two.client.sync(feed)
     assert [record.worker for record in two.records.of("late")] == [

@@ -215,7 +215,7 @@ def test_leaving_in_order_is_no_kill(measure: Callable[..., Measured]) -> None:
     client.restart()
     settled(measured)
     assert killed(measured, "steady") == killed(measured, "cut") == 0
-    assert set(scheduler.extensions["memusage"]._received) <= open_incarnations(measured)
+    assert set(scheduler.extensions["memusage"].batches._received) <= open_incarnations(measured)
 
 
 def test_the_counter_stands_at_0_before_the_first_kill(dying: Callable[..., Measured]) -> None:
@@ -267,7 +267,7 @@ def test_what_was_measured_and_not_reported_is_counted(dying: Callable[..., Meas
         "dask_scheduler_task_memory_tasks_total", task_prefix_name="quick"
     )
     assert counted + lost() == 20
-    assert set(scheduler.extensions["memusage"]._received) <= open_incarnations(measured)
+    assert set(scheduler.extensions["memusage"].batches._received) <= open_incarnations(measured)
 
 
 def test_without_a_nanny_the_next_process_tells(tmp_path: Any) -> None:
