@@ -20,7 +20,7 @@ import pytest
 from distributed import wait
 
 from dask_memusage_exporter.records import TaskMemory
-from tests import tasks
+from tests import tasks, tasks_blocks
 from tests.conftest import Measured, Metrics, measured, wait_until, worker_ports
 from tests.tasks import Gate
 
@@ -90,7 +90,7 @@ def assert_own(one: TaskMemory, truth: float, tolerance: float = 0.02) -> None:
 # -- mapped files ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [tasks.read_mapped, tasks.read_memmap])
+@pytest.mark.parametrize("read", [tasks_blocks.read_mapped, tasks_blocks.read_memmap])
 def test_mapped_file(read: Callable[[str], int], one: Measured, tmp_path: Path) -> None:
     """A file of 300 MiB that is read through a mapping is told apart from memory."""
     path = tmp_path / "mapped"
@@ -114,11 +114,11 @@ def test_short_read_of_a_mapped_file(pieces: str, one: Measured, tmp_path: Path)
             file.write(b"\1" * piece)
     for run in range(5):
         key = f"short-read-{pieces}-{run}"
-        one.client.submit(tasks.largest_of_memmap, str(path), key=key).result()
+        one.client.submit(tasks_blocks.largest_of_memmap, str(path), key=key).result()
         assert seen(record(one, key)) > 55 * MIB
         assert_files(record(one, key))
     key = f"short-read-and-array-{pieces}"
-    one.client.submit(tasks.memmap_and_array, str(path), 20, key=key).result()
+    one.client.submit(tasks_blocks.memmap_and_array, str(path), 20, key=key).result()
     assert_files(record(one, key))
 
 
@@ -144,14 +144,16 @@ def honest(one: TaskMemory, truth: float) -> str:
     return "warm_heap"
 
 
-@pytest.mark.parametrize("kind", tasks.KINDS)
+@pytest.mark.parametrize("kind", tasks_blocks.KINDS)
 def test_warm_heap(kind: str, one: Measured) -> None:
     """Ten times 200 MiB on one thread: each row is right, or says what the heap had free.
 
     The truth is the size of the blocks by ``sys.getsizeof``, rounded up to units of 16 bytes.
     """
     keys = [f"{kind}-{run}" for run in range(RUNS)]
-    truths = [one.client.submit(tasks.allocate, kind, TOTAL, key=key).result() for key in keys]
+    truths = [
+        one.client.submit(tasks_blocks.allocate, kind, TOTAL, key=key).result() for key in keys
+    ]
     assert truths[0] == pytest.approx(TOTAL, rel=0.1)
     found = [honest(record(one, key), truth) for key, truth in zip(keys, truths, strict=True)]
     # A heap of that many pieces takes milliseconds to ask, so not each of them is asked for.
@@ -163,7 +165,7 @@ def test_warm_heap_with_something_kept(one: Measured) -> None:
     keys = [f"keeping-{run}" for run in range(RUNS)]
     kept = []
     for key in keys:
-        kept.append(one.client.submit(tasks.allocate_and_keep, 64_000, TOTAL, key=key))
+        kept.append(one.client.submit(tasks_blocks.allocate_and_keep, 64_000, TOTAL, key=key))
         wait(kept)
     found = [honest(record(one, key), TOTAL) for key in keys]
     # Two of its heaps of 64 MiB are full of holes by now: without trimming nothing else is true.
@@ -175,12 +177,12 @@ def test_trimmed_heap_with_something_kept(trimming: Measured) -> None:
     kept = []
     for run in range(RUNS):
         key = f"keeping-{run}"
-        kept.append(trimming.client.submit(tasks.allocate_and_keep, 64_000, TOTAL, key=key))
+        kept.append(trimming.client.submit(tasks_blocks.allocate_and_keep, 64_000, TOTAL, key=key))
         wait(kept)
         assert_own(record(trimming, key), TOTAL, TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", tasks.KINDS)
+@pytest.mark.parametrize("kind", tasks_blocks.KINDS)
 def test_trimmed_heap(kind: str, trimming: Measured) -> None:
     """With trimming on, blocks of malloc are the task's own in every run, to 10 %.
 
@@ -188,7 +190,7 @@ def test_trimmed_heap(kind: str, trimming: Measured) -> None:
     """
     keys = [f"{kind}-{run}" for run in range(RUNS)]
     for key in keys:
-        truth = trimming.client.submit(tasks.allocate, kind, TOTAL, key=key).result()
+        truth = trimming.client.submit(tasks_blocks.allocate, kind, TOTAL, key=key).result()
         scope = honest(record(trimming, key), truth)
         assert scope == "process" or kind not in ("5 kB", "64 kB", "1 MB"), record(trimming, key)
 

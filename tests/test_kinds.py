@@ -18,7 +18,7 @@ from distributed import Client, Future, KilledWorker, wait
 from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_memusage_exporter.records import TaskMemory
-from tests import tasks
+from tests import tasks, tasks_children
 from tests.conftest import Measured, Metrics, measured, wait_until, worker_ports
 from tests.tasks import Gate
 
@@ -461,7 +461,7 @@ def test_process_pool(one: Measured) -> None:
 
 def test_subprocess(one: Measured) -> None:
     """A program that a task starts counts in the peak, if it lives long enough to be seen."""
-    record = run(one, "subprocess", tasks.child_holds, 300, 0.5)
+    record = run(one, "subprocess", tasks_children.child_holds, 300, 0.5)
     assert_shared(record, "polling", 300)
     assert record.peak_bytes - record.start_bytes < 330 * MIB
     # It is not in the next one's figures.
@@ -470,14 +470,14 @@ def test_subprocess(one: Measured) -> None:
 
 def test_short_subprocess(one: Measured) -> None:
     """A program of two milliseconds is never claimed, and its task's growth is not called exact."""
-    assert_shared(run(one, "short-child", tasks.short_child, 100), "polling", 99)
+    assert_shared(run(one, "short-child", tasks_children.short_child, 100), "polling", 99)
     assert_own(run(one, "after-short-child", tasks.array), 100)
 
 
 def test_unwaited_subprocess(one: Measured) -> None:
     """Nor is one that the task does not wait for."""
-    child = one.client.submit(tasks.unwaited_child, 100, key="unwaited-child")
-    one.client.submit(tasks.wait_for_child, child).result()
+    child = one.client.submit(tasks_children.unwaited_child, 100, key="unwaited-child")
+    one.client.submit(tasks_children.wait_for_child, child).result()
     assert_shared(records(one, "unwaited-child")[0], "polling", 99)
     # What the worker itself brings in meanwhile, if anything, is said, and is no child's doing.
     after = (run(one, f"after-unwaited-child-{n}", tasks.array) for n in range(3))
@@ -486,7 +486,7 @@ def test_unwaited_subprocess(one: Measured) -> None:
 
 def test_multiprocessing_fork(one: Measured) -> None:
     """Memory of a forked child counts, and what it shares with its parent counts once."""
-    record = run(one, "multiprocessing", tasks.fork_holds, 300, 0.3)
+    record = run(one, "multiprocessing", tasks_children.fork_holds, 300, 0.3)
     assert_shared(record, "polling", 295)
     assert record.peak_bytes - record.start_bytes < 330 * MIB
     assert_own(run(one, "after-multiprocessing", tasks.array), 100)
@@ -498,22 +498,22 @@ def test_living_child(keeps: bool, one: Measured) -> None:
 
     Not even where it stays below what the child once had at its peak.
     """
-    one.client.submit(tasks.open_pool, 100, key=f"opens-pool-{keeps}").result()
+    one.client.submit(tasks_children.open_pool, 100, key=f"opens-pool-{keeps}").result()
     try:
         assert_own(run(one, f"beside-idle-child-{keeps}", tasks.array, 100), 100)
         for number in range(5):
             key = f"beside-child-{keeps}-{number}"
-            one.client.submit(tasks.beside_pool, 100, 15, keeps=keeps, key=key).result()
+            one.client.submit(tasks_children.beside_pool, 100, 15, keeps=keeps, key=key).result()
             # What it has kept was at its highest when the task ended.
             assert_shared(records(one, key)[0], "polling", 114 if keeps else 99)
         assert_own(run(one, f"beside-child-idle-again-{keeps}", tasks.array, 100), 100)
     finally:
-        one.client.submit(tasks.close_pool, key=f"closes-pool-{keeps}").result()
+        one.client.submit(tasks_children.close_pool, key=f"closes-pool-{keeps}").result()
 
 
 def test_fork(one: Measured) -> None:
     """In a forked child nothing of ours works; the parent's figures are right."""
-    future = one.client.submit(tasks.fork_and_look, 100, key="forks")
+    future = one.client.submit(tasks_children.fork_and_look, 100, key="forks")
     assert future.result() == {"ours_open": [], "starts": False, "exports": False, "exit": 7}
     record = records(one, "forks")[0]
     assert_shared(record, "polling", 99)

@@ -19,7 +19,7 @@ from distributed import Client, wait
 import dask_memusage_exporter
 from dask_memusage_exporter import MemusageNannyPlugin, nanny
 from dask_memusage_exporter.records import TaskMemory
-from tests import tasks
+from tests import tasks, tasks_blocks, tasks_children
 from tests.conftest import (
     Measured,
     Metrics,
@@ -62,7 +62,7 @@ def source(cluster: Measured) -> str | None:
 def many(jemalloc: str) -> Iterator[Measured]:
     """One worker process on jemalloc with 8 threads."""
     with on_jemalloc(threads_per_worker=8) as cluster:
-        cluster.client.run(tasks.frame, 1000)  # imports pandas
+        cluster.client.run(tasks_blocks.frame, 1000)  # imports pandas
         yield cluster
 
 
@@ -147,7 +147,7 @@ def test_no_thread_reads_anothers(jemalloc: str) -> None:
 def test_kinds_of_allocation(kind: str, many: Measured) -> None:
     """Each kind, first run and tenth, four at a time: within a quarter of its size."""
     kinds = [f"{kind}-{run}" for run in range(10)]
-    futures = [many.client.submit(tasks.sized, kind, 100 * MIB, key=key) for key in kinds]
+    futures = [many.client.submit(tasks_blocks.sized, kind, 100 * MIB, key=key) for key in kinds]
     for key, truth in zip(kinds, many.client.gather(futures), strict=True):
         one = record(many, key)
         assert (one.scope, one.reason) == ("thread", None), one
@@ -158,8 +158,10 @@ def test_alone_and_overlapped_agree(single: Measured, many: Measured, go: Gate) 
     """A prefix whose tasks run alone here and overlapped there has one scope and one size."""
     alone = [f"agree-{number}" for number in range(4)]
     for key in alone:
-        single.client.submit(tasks.sized, "64 kB", 100 * MIB, key=key).result()
-    many.client.gather([many.client.submit(tasks.sized, "64 kB", 100 * MIB, key=k) for k in alone])
+        single.client.submit(tasks_blocks.sized, "64 kB", 100 * MIB, key=key).result()
+    many.client.gather(
+        [many.client.submit(tasks_blocks.sized, "64 kB", 100 * MIB, key=k) for k in alone]
+    )
     sizes = [record(cluster, key).growth_bytes for cluster in (single, many) for key in alone]
     assert {record(single, key).scope for key in alone} == {"thread"}
     assert max(sizes) <= min(sizes) * 1.1
@@ -370,7 +372,7 @@ def test_spilled_inputs(many: Measured, go: Gate) -> None:
 
 def test_children_are_not_the_threads(many: Measured) -> None:
     """A task that starts a process has no growth: what the child took is not in its count."""
-    many.client.submit(tasks.child_holds, 100, 0.3, key="child-1").result()
+    many.client.submit(tasks_children.child_holds, 100, 0.3, key="child-1").result()
     one = record(many, "child-1")
     assert (one.scope, one.growth_bytes) == ("shared", None), one
 
@@ -385,7 +387,7 @@ def test_overlap_is_not_said_on_jemalloc(
     ) as cluster:
         beside = cluster.client.submit(tasks.busy_until, go.path, key="busy-1")
         reached(go)
-        cluster.client.submit(tasks.child_holds, 10, 0.1, key="child-1").result()
+        cluster.client.submit(tasks_children.child_holds, 10, 0.1, key="child-1").result()
         go.open()
         beside.result()
     assert {row["reason"] for row in rows(path)} & {"overlap"}
