@@ -23,8 +23,8 @@ from tests.conftest import (
     scheduler_port,
     wait_until,
 )
+from tests.deaths import grow, kill_when_running
 from tests.receivers import Received, receiver, variables
-from tests.test_kills import grow, kill_when_running
 
 NAMES = {spec.otel.name: spec for spec in catalog.METRICS if spec.otel is not None}
 
