@@ -118,7 +118,7 @@ def collect(dask_worker: Any) -> dict[str, Any]:
         for timed in (plugin.transition, agent.reporter.flush):
             loop_ns += timed.took_ns
             timed.took_ns = 0
-        source = agent._process.tracker._source
+        source = agent.measuring.tracker._source
         below = source._now()[0] <= source._floor
     return {
         "times_ns": times,

@@ -104,7 +104,9 @@ def sizes(agent: Any) -> dict[str, int]:
         for name, value in list(vars(thing).items()):
             where = f"{path}.{name}".lstrip(".")
             if isinstance(value, (dict, list, set)):
-                found[where] = len(value)
+                if id(value) not in seen:  # two may share one
+                    found[where] = len(value)
+                seen.add(id(value))
             elif type(value).__module__.startswith("dask_memusage_exporter") and hasattr(
                 value, "__dict__"
             ):

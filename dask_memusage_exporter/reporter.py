@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dask_memusage_exporter.process import Process
 
 
-#: Operations of the worker's stream; the scheduler's handlers are in ``scheduler``.
+#: Operations of the worker's stream; the scheduler's handlers are in ``scheduler_agent``.
 RECORDS_OP, BATCH_OP = "memusage-records", "memusage-batch"
 HELLO_OP, GOODBYE_OP = "memusage-hello", "memusage-goodbye"
 #: A handler of the scheduler's: goodbye by whoever can still say it.

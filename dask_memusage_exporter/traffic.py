@@ -19,6 +19,7 @@ import struct
 import threading
 from typing import Any
 
+from dask.typing import Key
 from distributed.sizeof import safe_sizeof
 
 #: ``tcpi_bytes_received`` of ``struct tcp_info``.
@@ -40,7 +41,7 @@ class Traffic:
         # The objects behind these stay the same for the worker's life; this is the hot path.
         self._worker = worker
         self._state = worker.state
-        #: Brought in by transfers and scatter, and all results that were ever held, added up by
+        #: Brought in by transfers and scatter, and all results that were ever held, added up at
         #: the worker's transitions.
         self.arrived = 0
         self.inserted = int(worker.state.nbytes)
@@ -55,6 +56,16 @@ class Traffic:
         self._lock = threading.Lock()
         self._shuffles: dict[Any, int] = {}
         self._ended_shuffles = 0
+
+    def arrive(self, key: Key) -> None:
+        """Count a result that has been brought in."""
+        if (task := self._state.tasks.get(key)) is not None:
+            self.arrived += task.nbytes or 0
+
+    def insert(self, key: Key) -> None:
+        """Count a result that is held from now on."""
+        if (task := self._state.tasks.get(key)) is not None:
+            self.inserted += task.nbytes or 0
 
     def opening(self) -> int:
         """Return bytes moved so far, less those that are on their way out."""

@@ -199,6 +199,22 @@ def measure() -> Iterator[Callable[..., Measured]]:
 
 
 @pytest.fixture
+def dying(measure: Callable[..., Measured], tmp_path: Path) -> Callable[..., Measured]:
+    """Return what makes a measured cluster whose workers may die: one death fails a task."""
+
+    def make(**options: Any) -> Measured:
+        config = {
+            **FULL,
+            "memusage.csv.path": str(tmp_path / "memusage.csv"),
+            "distributed.scheduler.allowed-failures": 0,
+            **options.pop("config", {}),
+        }
+        return measure(config, **options)
+
+    return make
+
+
+@pytest.fixture
 def go(tmp_path: Path) -> Iterator[Gate]:
     """Return a gate for tasks to wait at; it opens at the end of the test at the latest."""
     gate = Gate(tmp_path / "go")

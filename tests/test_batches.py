@@ -14,7 +14,8 @@ from prometheus_client import REGISTRY, generate_latest
 from dask_memusage_exporter.aggregate import Batch, fingerprint
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
 from dask_memusage_exporter.records import TaskMemory
-from dask_memusage_exporter.scheduler import SchedulerAgent, prepare
+from dask_memusage_exporter.scheduler import prepare
+from dask_memusage_exporter.scheduler_agent import SchedulerAgent
 
 PREFIX = "dask_scheduler_task_memory_"
 
@@ -116,10 +117,10 @@ def test_what_was_refused_is_lost_once() -> None:
     def test(agent: SchedulerAgent) -> None:
         agent.handle_batch(**batch("a", "b"))
         agent.handle_batch(**{**batch("a", "b", "c"), "buckets": 1})
-        agent._on_end("one", 6)
+        agent.batches.end("one", 6)
         assert agent.health.dropped["invalid"] == 3
         assert agent.health.dropped["worker_gone"] == 1
-        assert agent._received == {}
+        assert agent.batches._received == {}
 
     at_scheduler(test)
 
@@ -132,7 +133,7 @@ def test_a_batch_of_no_number_of_records_lost_at_least_one(records: Any) -> None
         agent.handle_batch(**{**batch("a"), "records": records})
         assert counts(agent) == {}
         assert agent.health.dropped["invalid"] == 1
-        assert agent._received == {}
+        assert agent.batches._received == {}
 
     at_scheduler(test)
 
@@ -157,7 +158,7 @@ def test_bad_health_takes_no_good_counts_with_it(health: Any) -> None:
     def test(agent: SchedulerAgent) -> None:
         agent.handle_batch(**{**batch("a"), "health": health})
         assert counts(agent) == {"a": 1}
-        assert agent._received == {"one": 1}
+        assert agent.batches._received == {"one": 1}
         assert agent.health.seconds["start"] == 0
         assert set(agent.health.dropped.values()) == {0}
         assert agent.health.errors["aggregate"] == 1

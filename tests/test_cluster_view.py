@@ -226,7 +226,9 @@ def test_fifty_workers_come_and_go(measure: Callable[..., Measured]) -> None:
     text = page(scheduler_port(cluster))
     assert not [address for address in seen if address in text]
     wait_until(lambda: len(agent.deaths._homes) == 1)
-    assert set(agent._received) <= {home.incarnation for home in agent.deaths._homes.values()}
+    assert set(agent.batches._received) <= {
+        home.incarnation for home in agent.deaths._homes.values()
+    }
     assert not agent.deaths.unsettled
 
 

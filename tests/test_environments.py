@@ -54,17 +54,17 @@ sys.meta_path.insert(0, Broken())
     ),
     "newer": (
         """
-import dask_memusage_exporter.worker as worker
-to_row = worker.to_row
-worker.to_row = lambda record: (*to_row(record), "a field of the future")
+import dask_memusage_exporter.reporter as reporter
+to_row = reporter.to_row
+reporter.to_row = lambda record: (*to_row(record), "a field of the future")
 """,
         None,
     ),
     "older": (
         """
-import dask_memusage_exporter.worker as worker
-to_row = worker.to_row
-worker.to_row = lambda record: to_row(record)[:-1]
+import dask_memusage_exporter.reporter as reporter
+to_row = reporter.to_row
+reporter.to_row = lambda record: to_row(record)[:-1]
 """,
         None,
     ),
@@ -139,7 +139,8 @@ def test_workers_are_counted_by_source(odd: Any) -> None:
 @pytest.mark.parametrize("name", ["newer", "older"])
 def test_rows_of_another_version_are_taken(name: str, odd: Any) -> None:
     """One field more is ignored, one less is empty; nothing is invalid."""
-    measured, _ = odd
+    measured, workers = odd
+    assert not workers[name].lines("sitecustomize")  # it is of another version
     client = measured.client
     keys = [f"{name}-{i}" for i in range(TASKS)]
     client.gather(client.map(abs, range(TASKS), key=keys, workers=[name], pure=False))

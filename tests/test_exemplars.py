@@ -21,7 +21,8 @@ from tornado.httpclient import AsyncHTTPClient
 from dask_memusage_exporter.exemplars import checked
 from dask_memusage_exporter.exporters import openmetrics, prometheus
 from dask_memusage_exporter.exporters.openmetrics import wants_openmetrics
-from dask_memusage_exporter.scheduler import SchedulerAgent, prepare
+from dask_memusage_exporter.scheduler import prepare
+from dask_memusage_exporter.scheduler_agent import SchedulerAgent
 from tests import tasks
 from tests.conftest import Measured, page, scheduler_port, wait_until, worker_ports
 from tests.receivers import Received, Span
@@ -231,7 +232,7 @@ def shown(agent: SchedulerAgent) -> list[Any]:
     """Return the exemplars on the scheduler's page."""
     return [
         sample.exemplar
-        for family in agent.collect(own_page=True)
+        for family in agent.metrics.collect(own_page=True)
         for sample in family.samples
         if sample.exemplar
     ]

@@ -1,7 +1,7 @@
 """A record never blames a task for memory that is not its own, and never hides its growth.
 
-On real worker processes: what the heap had free, what the worker itself moves, what other workers
-of the process do, mapped files, and sources that only sample or fail.
+On real worker processes: what the heap had free, what other workers of the process do, files that
+are mapped, sources that only sample or fail. What a worker moves is in ``test_honesty_moved``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
-import pandas as pd
 import pytest
 from distributed import wait
 
 from dask_memusage_exporter.records import TaskMemory
-from tests import tasks
+from tests import tasks, tasks_blocks
 from tests.conftest import Measured, Metrics, measured, wait_until, worker_ports
 from tests.tasks import Gate
 
@@ -46,15 +44,6 @@ def trimming() -> Iterator[Measured]:
     """The same with the heap trimmed before tasks, for as much as half of the time."""
     with measured({"memusage.trim": 0.5}) as cluster:
         cluster.client.submit(tasks.nothing).result()
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Measured]:
-    """Two worker processes with one thread each, and P2P shuffles."""
-    with measured(n_workers=2) as cluster:
-        for worker in addresses(cluster):
-            cluster.client.submit(tasks.nothing, worker, workers=worker).result()
         yield cluster
 
 
@@ -90,7 +79,7 @@ def assert_own(one: TaskMemory, truth: float, tolerance: float = 0.02) -> None:
 # -- mapped files ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [tasks.read_mapped, tasks.read_memmap])
+@pytest.mark.parametrize("read", [tasks_blocks.read_mapped, tasks_blocks.read_memmap])
 def test_mapped_file(read: Callable[[str], int], one: Measured, tmp_path: Path) -> None:
     """A file of 300 MiB that is read through a mapping is told apart from memory."""
     path = tmp_path / "mapped"
@@ -114,11 +103,11 @@ def test_short_read_of_a_mapped_file(pieces: str, one: Measured, tmp_path: Path)
             file.write(b"\1" * piece)
     for run in range(5):
         key = f"short-read-{pieces}-{run}"
-        one.client.submit(tasks.largest_of_memmap, str(path), key=key).result()
+        one.client.submit(tasks_blocks.largest_of_memmap, str(path), key=key).result()
         assert seen(record(one, key)) > 55 * MIB
         assert_files(record(one, key))
     key = f"short-read-and-array-{pieces}"
-    one.client.submit(tasks.memmap_and_array, str(path), 20, key=key).result()
+    one.client.submit(tasks_blocks.memmap_and_array, str(path), 20, key=key).result()
     assert_files(record(one, key))
 
 
@@ -144,14 +133,16 @@ def honest(one: TaskMemory, truth: float) -> str:
     return "warm_heap"
 
 
-@pytest.mark.parametrize("kind", tasks.KINDS)
+@pytest.mark.parametrize("kind", tasks_blocks.KINDS)
 def test_warm_heap(kind: str, one: Measured) -> None:
     """Ten times 200 MiB on one thread: each row is right, or says what the heap had free.
 
     The truth is the size of the blocks by ``sys.getsizeof``, rounded up to units of 16 bytes.
     """
     keys = [f"{kind}-{run}" for run in range(RUNS)]
-    truths = [one.client.submit(tasks.allocate, kind, TOTAL, key=key).result() for key in keys]
+    truths = [
+        one.client.submit(tasks_blocks.allocate, kind, TOTAL, key=key).result() for key in keys
+    ]
     assert truths[0] == pytest.approx(TOTAL, rel=0.1)
     found = [honest(record(one, key), truth) for key, truth in zip(keys, truths, strict=True)]
     # A heap of that many pieces takes milliseconds to ask, so not each of them is asked for.
@@ -163,7 +154,7 @@ def test_warm_heap_with_something_kept(one: Measured) -> None:
     keys = [f"keeping-{run}" for run in range(RUNS)]
     kept = []
     for key in keys:
-        kept.append(one.client.submit(tasks.allocate_and_keep, 64_000, TOTAL, key=key))
+        kept.append(one.client.submit(tasks_blocks.allocate_and_keep, 64_000, TOTAL, key=key))
         wait(kept)
     found = [honest(record(one, key), TOTAL) for key in keys]
     # Two of its heaps of 64 MiB are full of holes by now: without trimming nothing else is true.
@@ -175,12 +166,12 @@ def test_trimmed_heap_with_something_kept(trimming: Measured) -> None:
     kept = []
     for run in range(RUNS):
         key = f"keeping-{run}"
-        kept.append(trimming.client.submit(tasks.allocate_and_keep, 64_000, TOTAL, key=key))
+        kept.append(trimming.client.submit(tasks_blocks.allocate_and_keep, 64_000, TOTAL, key=key))
         wait(kept)
         assert_own(record(trimming, key), TOTAL, TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", tasks.KINDS)
+@pytest.mark.parametrize("kind", tasks_blocks.KINDS)
 def test_trimmed_heap(kind: str, trimming: Measured) -> None:
     """With trimming on, blocks of malloc are the task's own in every run, to 10 %.
 
@@ -188,92 +179,12 @@ def test_trimmed_heap(kind: str, trimming: Measured) -> None:
     """
     keys = [f"{kind}-{run}" for run in range(RUNS)]
     for key in keys:
-        truth = trimming.client.submit(tasks.allocate, kind, TOTAL, key=key).result()
+        truth = trimming.client.submit(tasks_blocks.allocate, kind, TOTAL, key=key).result()
         scope = honest(record(trimming, key), truth)
         assert scope == "process" or kind not in ("5 kB", "64 kB", "1 MB"), record(trimming, key)
 
 
-# -- memory that the worker moves --------------------------------------------------------
-
-
-def test_arriving_transfer(pair: Measured, go: Gate) -> None:
-    """A task that only waits while 200 MiB of another task's input arrive is not blamed."""
-    here, there = addresses(pair)
-    block = pair.client.submit(tasks.made, 200, key="arriving", workers=there)
-    wait(block)
-    waiting = pair.client.submit(tasks.wait_for, go.path, key="waits-arriving", workers=here)
-    reached(go)
-    needs = pair.client.submit(tasks.nothing, block, key="needs", workers=here)
-    wait_until(lambda: len(pair.cluster.scheduler.tasks["arriving"].who_has) == 2)
-    go.open()
-    wait([waiting, needs])
-    found = record(pair, "waits-arriving")
-    assert_shared(found, "transfer")
-    assert found.foreign_bytes >= 200 * MIB
-    assert seen(found) >= 199 * MIB
-    assert found.concurrency == 1
-
-
-def test_leaving_transfer(pair: Measured, go: Gate) -> None:
-    """Nor where 200 MiB leave: what is sent may be copied for it."""
-    here, there = addresses(pair)
-    block = pair.client.submit(tasks.made, 200, key="leaving", workers=here)
-    wait(block)
-    waiting = pair.client.submit(tasks.wait_for, go.path, key="waits-leaving", workers=here)
-    reached(go)
-    wait(pair.client.submit(tasks.nothing, block, key="needs-leaving", workers=there))
-    go.open()
-    wait(waiting)
-    found = record(pair, "waits-leaving")
-    assert_shared(found, "transfer")
-    assert found.foreign_bytes >= 200 * MIB
-
-
-def test_release(pair: Measured, go: Gate) -> None:
-    """A result that is released while a task runs makes room that its growth does not show."""
-    here, _ = addresses(pair)
-    held = pair.client.submit(tasks.made, 150, key="held", workers=here)
-    wait(held)
-    result = pair.client.submit(
-        tasks.array_after, go.path, 150, key="releases-beside", workers=here
-    )
-    reached(go)
-    held.release()
-    wait_until(lambda: "held" not in pair.cluster.scheduler.tasks)
-    # On the same ordered stream as the release: the worker knows of it.
-    pair.client.run(tasks.nothing, workers=[here])
-    go.open()
-    wait(result)
-    found = record(pair, "releases-beside")
-    # What it has made is all there at the end, and RSS is what it was.
-    assert seen(found) < 10 * MIB
-    assert found.foreign_bytes >= 150 * MIB
-    assert found.scope == "shared"
-
-
-def test_release_before(pair: Measured) -> None:
-    """What is released between two tasks is nobody's: it makes neither of them shared."""
-    here, _ = addresses(pair)
-    for run in range(5):
-        wait(pair.client.submit(tasks.made, 100, key=f"chain-{run}", workers=here))
-        # Its result is released as the next one is sent.
-    assert {one.scope for one in pair.records.of("chain")} == {"process"}
-
-
-@pytest.mark.parametrize("direct", [True, False])
-def test_scatter(direct: bool, pair: Measured, go: Gate) -> None:
-    """Data that a client sends to the worker is nobody's growth."""
-    here, _ = addresses(pair)
-    key = f"waits-scatter-{direct}"
-    waiting = pair.client.submit(tasks.wait_for, go.path, key=key, workers=here)
-    reached(go)
-    data = pair.client.scatter(np.ones(100 * MIB // 8), workers=[here], direct=direct)
-    go.open()
-    wait(waiting)
-    found = record(pair, key)
-    assert_shared(found, "transfer")
-    assert found.foreign_bytes >= 100 * MIB
-    del data
+# -- arguments, which come with the scheduler's messages ----------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Sending large graph:UserWarning")
@@ -314,80 +225,6 @@ def arrived(cluster: Measured, key: str) -> bool:
         cluster.cluster.scheduler.rpc(worker).get_story, keys_or_stimuli=[key]
     )
     return bool(story)
-
-
-@pytest.fixture(scope="module")
-def spilling() -> Iterator[Measured]:
-    """One worker process of two threads that spills above 300 MiB, and at nothing else."""
-    memory = {f"distributed.worker.memory.{what}": False for what in ("spill", "pause")}
-    memory |= {"distributed.worker.memory.terminate": False}
-    with measured(
-        {**memory, "distributed.worker.memory.target": 0.3}, threads_per_worker=2, memory_limit=1e9
-    ) as cluster:
-        cluster.client.submit(tasks.nothing).result()
-        yield cluster
-
-
-def test_spilling(spilling: Measured, go: Gate, stop: Gate) -> None:
-    """Writing results to disk, and reading them back with room to spare, is nobody's growth."""
-    first = spilling.client.submit(tasks.made, 200, key="spilled")
-    wait(first)
-    waiting = spilling.client.submit(tasks.wait_for, go.path, key="waits-spilling")
-    reached(go)
-    second = spilling.client.scatter(np.ones(200 * MIB // 8))
-    go.open()
-    wait(waiting)
-    found = record(spilling, "waits-spilling")
-    assert_shared(found, "transfer")
-    # It came in, and the other one was written.
-    assert found.foreign_bytes >= 400 * MIB
-    second.release()
-    wait_until(lambda: second.key not in spilling.cluster.scheduler.tasks)
-    waiting = spilling.client.submit(tasks.wait_for, stop.path, key="waits-unspilling")
-    reached(stop)
-    reads = spilling.client.submit(tasks.nothing, first, key="unspills")
-    wait(reads)
-    stop.open()
-    wait(waiting)
-    found = record(spilling, "waits-unspilling")
-    # The task that needs it may have used some processor time beside this one.
-    assert found.scope == "shared"
-    assert found.reason in ("transfer", "overlap")
-    assert found.foreign_bytes >= 200 * MIB
-    assert seen(found) >= 199 * MIB
-    # The one that needed it began when it was there.
-    assert record(spilling, "unspills").foreign_bytes < MIB
-
-
-def test_p2p_shuffle(pair: Measured, go: Gate) -> None:
-    """What a P2P shuffle sends to a worker is not the growth of the task that waits there."""
-    import dask.dataframe as dd
-
-    here, there = addresses(pair)
-    frame = pd.DataFrame({"k": np.arange(200_000) % 1000, "x": 1.0, "y": 2.0})
-    parts = pair.client.map(
-        lambda _, frame=frame: frame.copy(), range(20), workers=there, key="part"
-    )
-    wait(parts)
-    waiting = pair.client.submit(tasks.wait_for, go.path, key="waits-p2p", workers=here)
-    reached(go)
-    with dask.config.set({"dataframe.shuffle.method": "p2p"}):
-        shuffled = dd.from_delayed(parts, meta=frame.iloc[:0]).shuffle("k")
-        shuffled = pair.client.persist(shuffled)
-    # How many of its parts are sent while that task waits is the scheduler's choice; some are.
-    wait_until(lambda: shuffled_to(pair, here) > 4 * MIB, what="shards at the waiting worker")
-    go.open()
-    wait([waiting, shuffled])
-    found = record(pair, "waits-p2p")
-    assert_shared(found, "transfer")
-    assert found.foreign_bytes > 4 * MIB
-    assert found.concurrency == 1
-
-
-def shuffled_to(cluster: Measured, worker: str) -> int:
-    """Return how many bytes a worker has received in shuffles, as its heartbeat says."""
-    beats = cluster.cluster.scheduler.plugins["shuffle"].heartbeats
-    return sum(beat[worker]["comm"]["read"] for beat in beats.values() if worker in beat)
 
 
 # -- several workers in one process ------------------------------------------------------
@@ -480,7 +317,7 @@ def test_failing_source(one: Measured) -> None:
     """An error of ours in start and stop reaches no task: counted by stage, and logged once."""
 
     def break_it(dask_worker: Any) -> None:
-        source = dask_worker.extensions["memusage"]._process.tracker._source
+        source = dask_worker.extensions["memusage"].measuring.tracker._source
 
         def fail(*_: Any) -> None:
             raise OSError("broken on purpose")
@@ -489,9 +326,9 @@ def test_failing_source(one: Measured) -> None:
 
     def mend_it(dask_worker: Any) -> tuple[dict[str, int], dict[str, int], Any]:
         agent = dask_worker.extensions["memusage"]
-        del agent._process.tracker._source.faults
-        health = agent._process.health
-        return health.errors, health.dropped, agent._seam_fault
+        del agent.measuring.tracker._source.faults
+        health = agent.measuring.health
+        return health.errors, health.dropped, agent.executions.seam_fault
 
     one.client.run(break_it)
     results = one.client.gather(one.client.map(len, [[1]] * 20, key="unmeasured", pure=False))
@@ -515,7 +352,7 @@ def test_event_loop_is_free(one: Measured, go: Gate) -> None:
     """While our work runs on the task's thread, the worker's lock is free and its loop goes on."""
 
     def hold_up(dask_worker: Any, path: str) -> None:
-        tracker = dask_worker.extensions["memusage"]._process.tracker
+        tracker = dask_worker.extensions["memusage"].measuring.tracker
         start = tracker.start
 
         def slow(*args: Any) -> Any:

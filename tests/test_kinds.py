@@ -18,7 +18,7 @@ from distributed import Client, Future, KilledWorker, wait
 from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_memusage_exporter.records import TaskMemory
-from tests import tasks
+from tests import tasks, tasks_children
 from tests.conftest import Measured, Metrics, measured, wait_until, worker_ports
 from tests.tasks import Gate
 
@@ -237,10 +237,11 @@ def healthy(cluster: Measured) -> bool:
     """Return whether no error has been counted, no record dropped and nothing of a task left."""
 
     def ask(agent: Any) -> tuple[int, int, int]:
-        health = agent._process.health
+        health = agent.measuring.health
         # An actor's method that has raised keeps its place until the next call on its thread.
-        on_threads = [is_task for _, _, is_task in agent._by_thread.values()]
-        left = map(len, (agent._closed, agent._without_thread, agent._before))
+        on_threads = [is_task for _, _, is_task in agent.hooks._by_thread.values()]
+        held = agent.executions
+        left = map(len, (held.closed, held.without_thread, held._before))
         return sum(health.errors.values()), sum(health.dropped.values()), sum(on_threads, sum(left))
 
     assert memusage(cluster, ask) == (0, 0, 0)
@@ -270,10 +271,10 @@ def test_seceded_for_ever(one: Measured, go: Gate) -> None:
     assert record.growth_bytes == pytest.approx(100 * MIB, rel=0.02)
     held = memusage(
         one,
-        lambda agent: [len(bracket.others or ()) for bracket, *_ in agent._by_thread.values()],
+        lambda agent: [len(bracket.others or ()) for bracket in agent.hooks.on_threads()],
     )
     assert sum(held) <= 2
-    assert memusage(one, lambda agent: len(agent._process.tracker._open)) <= 3
+    assert memusage(one, lambda agent: len(agent.measuring.tracker._open)) <= 3
     go.open()
     endless.result()
     (record,) = records(one, "endless")
@@ -460,7 +461,7 @@ def test_process_pool(one: Measured) -> None:
 
 def test_subprocess(one: Measured) -> None:
     """A program that a task starts counts in the peak, if it lives long enough to be seen."""
-    record = run(one, "subprocess", tasks.child_holds, 300, 0.5)
+    record = run(one, "subprocess", tasks_children.child_holds, 300, 0.5)
     assert_shared(record, "polling", 300)
     assert record.peak_bytes - record.start_bytes < 330 * MIB
     # It is not in the next one's figures.
@@ -469,14 +470,14 @@ def test_subprocess(one: Measured) -> None:
 
 def test_short_subprocess(one: Measured) -> None:
     """A program of two milliseconds is never claimed, and its task's growth is not called exact."""
-    assert_shared(run(one, "short-child", tasks.short_child, 100), "polling", 99)
+    assert_shared(run(one, "short-child", tasks_children.short_child, 100), "polling", 99)
     assert_own(run(one, "after-short-child", tasks.array), 100)
 
 
 def test_unwaited_subprocess(one: Measured) -> None:
     """Nor is one that the task does not wait for."""
-    child = one.client.submit(tasks.unwaited_child, 100, key="unwaited-child")
-    one.client.submit(tasks.wait_for_child, child).result()
+    child = one.client.submit(tasks_children.unwaited_child, 100, key="unwaited-child")
+    one.client.submit(tasks_children.wait_for_child, child).result()
     assert_shared(records(one, "unwaited-child")[0], "polling", 99)
     # What the worker itself brings in meanwhile, if anything, is said, and is no child's doing.
     after = (run(one, f"after-unwaited-child-{n}", tasks.array) for n in range(3))
@@ -485,7 +486,7 @@ def test_unwaited_subprocess(one: Measured) -> None:
 
 def test_multiprocessing_fork(one: Measured) -> None:
     """Memory of a forked child counts, and what it shares with its parent counts once."""
-    record = run(one, "multiprocessing", tasks.fork_holds, 300, 0.3)
+    record = run(one, "multiprocessing", tasks_children.fork_holds, 300, 0.3)
     assert_shared(record, "polling", 295)
     assert record.peak_bytes - record.start_bytes < 330 * MIB
     assert_own(run(one, "after-multiprocessing", tasks.array), 100)
@@ -497,22 +498,22 @@ def test_living_child(keeps: bool, one: Measured) -> None:
 
     Not even where it stays below what the child once had at its peak.
     """
-    one.client.submit(tasks.open_pool, 100, key=f"opens-pool-{keeps}").result()
+    one.client.submit(tasks_children.open_pool, 100, key=f"opens-pool-{keeps}").result()
     try:
         assert_own(run(one, f"beside-idle-child-{keeps}", tasks.array, 100), 100)
         for number in range(5):
             key = f"beside-child-{keeps}-{number}"
-            one.client.submit(tasks.beside_pool, 100, 15, keeps=keeps, key=key).result()
+            one.client.submit(tasks_children.beside_pool, 100, 15, keeps=keeps, key=key).result()
             # What it has kept was at its highest when the task ended.
             assert_shared(records(one, key)[0], "polling", 114 if keeps else 99)
         assert_own(run(one, f"beside-child-idle-again-{keeps}", tasks.array, 100), 100)
     finally:
-        one.client.submit(tasks.close_pool, key=f"closes-pool-{keeps}").result()
+        one.client.submit(tasks_children.close_pool, key=f"closes-pool-{keeps}").result()
 
 
 def test_fork(one: Measured) -> None:
     """In a forked child nothing of ours works; the parent's figures are right."""
-    future = one.client.submit(tasks.fork_and_look, 100, key="forks")
+    future = one.client.submit(tasks_children.fork_and_look, 100, key="forks")
     assert future.result() == {"ours_open": [], "starts": False, "exports": False, "exit": 7}
     record = records(one, "forks")[0]
     assert_shared(record, "polling", 99)
@@ -564,7 +565,7 @@ def test_nothing_is_left(one: Measured, many: Measured, caplog: pytest.LogCaptur
     for cluster in (one, many):
         assert healthy(cluster)
         # The question itself runs on the event loop.
-        wait_until(lambda c=cluster: memusage(c, lambda a: len(a._process.tracker._open)) == 1)
+        wait_until(lambda c=cluster: memusage(c, lambda a: len(a.measuring.tracker._open)) == 1)
         logs = cluster.client.get_worker_logs()
         lines = [line for log in logs.values() for level, line in log if level == "WARNING"]
         assert not [line for line in lines if "memusage" in line]

@@ -7,19 +7,17 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client, wait
+from distributed import wait
 
-import dask_memusage_exporter
-from dask_memusage_exporter import MemusageNannyPlugin, nanny
 from dask_memusage_exporter.records import TaskMemory
-from tests import tasks
+from tests import tasks, tasks_blocks, tasks_children
 from tests.conftest import (
     Measured,
     Metrics,
@@ -62,7 +60,7 @@ def source(cluster: Measured) -> str | None:
 def many(jemalloc: str) -> Iterator[Measured]:
     """One worker process on jemalloc with 8 threads."""
     with on_jemalloc(threads_per_worker=8) as cluster:
-        cluster.client.run(tasks.frame, 1000)  # imports pandas
+        cluster.client.run(tasks_blocks.frame, 1000)  # imports pandas
         yield cluster
 
 
@@ -147,7 +145,7 @@ def test_no_thread_reads_anothers(jemalloc: str) -> None:
 def test_kinds_of_allocation(kind: str, many: Measured) -> None:
     """Each kind, first run and tenth, four at a time: within a quarter of its size."""
     kinds = [f"{kind}-{run}" for run in range(10)]
-    futures = [many.client.submit(tasks.sized, kind, 100 * MIB, key=key) for key in kinds]
+    futures = [many.client.submit(tasks_blocks.sized, kind, 100 * MIB, key=key) for key in kinds]
     for key, truth in zip(kinds, many.client.gather(futures), strict=True):
         one = record(many, key)
         assert (one.scope, one.reason) == ("thread", None), one
@@ -158,8 +156,10 @@ def test_alone_and_overlapped_agree(single: Measured, many: Measured, go: Gate) 
     """A prefix whose tasks run alone here and overlapped there has one scope and one size."""
     alone = [f"agree-{number}" for number in range(4)]
     for key in alone:
-        single.client.submit(tasks.sized, "64 kB", 100 * MIB, key=key).result()
-    many.client.gather([many.client.submit(tasks.sized, "64 kB", 100 * MIB, key=k) for k in alone])
+        single.client.submit(tasks_blocks.sized, "64 kB", 100 * MIB, key=key).result()
+    many.client.gather(
+        [many.client.submit(tasks_blocks.sized, "64 kB", 100 * MIB, key=k) for k in alone]
+    )
     sizes = [record(cluster, key).growth_bytes for cluster in (single, many) for key in alone]
     assert {record(single, key).scope for key in alone} == {"thread"}
     assert max(sizes) <= min(sizes) * 1.1
@@ -370,7 +370,7 @@ def test_spilled_inputs(many: Measured, go: Gate) -> None:
 
 def test_children_are_not_the_threads(many: Measured) -> None:
     """A task that starts a process has no growth: what the child took is not in its count."""
-    many.client.submit(tasks.child_holds, 100, 0.3, key="child-1").result()
+    many.client.submit(tasks_children.child_holds, 100, 0.3, key="child-1").result()
     one = record(many, "child-1")
     assert (one.scope, one.growth_bytes) == ("shared", None), one
 
@@ -385,14 +385,14 @@ def test_overlap_is_not_said_on_jemalloc(
     ) as cluster:
         beside = cluster.client.submit(tasks.busy_until, go.path, key="busy-1")
         reached(go)
-        cluster.client.submit(tasks.child_holds, 10, 0.1, key="child-1").result()
+        cluster.client.submit(tasks_children.child_holds, 10, 0.1, key="child-1").result()
         go.open()
         beside.result()
     assert {row["reason"] for row in rows(path)} & {"overlap"}
     assert not [line for line in caplog.messages if "tasks overlap in a worker" in line]
 
 
-# -- turning it on -----------------------------------------------------------------------
+# -- what is said of it, and what it leaves ------------------------------------------------
 
 
 def test_what_metrics_and_log_say(many: Measured) -> None:
@@ -415,63 +415,6 @@ def test_what_metrics_and_log_say(many: Measured) -> None:
     assert any("source jemalloc" in line for _, line in lines)
 
 
-def pids(cluster: Any) -> set[int]:
-    return {worker.pid for worker in cluster.workers.values()}
-
-
-def test_a_running_cluster(
-    jemalloc: str, make_cluster: Callable[..., Any], make_client: Callable[..., Client]
-) -> None:
-    """Its workers are started anew, once; the client's own environment is as before."""
-    before = dict(os.environ)
-    cluster = make_cluster(n_workers=2)
-    client = make_client(cluster)
-    old = pids(cluster)
-    dask_memusage_exporter.install(client, jemalloc=True)
-    client.wait_for_workers(2)
-    new = pids(cluster)
-    assert not old & new
-    assert set(client.run(malloc_of).values()) == {"jemalloc"}
-    dask_memusage_exporter.install(cluster, jemalloc=True)
-    client.register_plugin(MemusageNannyPlugin())
-    assert pids(cluster) == new
-    assert {k: v for k, v in os.environ.items() if k in VARIABLES} == {
-        k: v for k, v in before.items() if k in VARIABLES
-    }
-    # A worker that its nanny starts again has it too, and gives back again.
-    client.restart()
-    client.wait_for_workers(2)
-    assert set(client.run(malloc_of).values()) == {"jemalloc"}
-    assert not VARIABLES & (os.environ.keys() - before.keys())
-
-
-VARIABLES = {"LD_PRELOAD", "PYTHONMALLOC", "ARROW_DEFAULT_MEMORY_POOL"}
-
-
-def malloc_of(dask_worker: Any) -> str:
-    return dask_worker.metrics["memusage"](dask_worker)["source"]
-
-
-@pytest.mark.parametrize("path", ["/no/such/libjemalloc.so.2", "libc"])
-def test_a_library_that_will_not_do(
-    path: str, measure: Callable[..., Measured], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The workers come up as ever, and the nanny's log says why and how to mend it."""
-    if path == "libc":  # a library that loads, and is no jemalloc
-        path = str(tmp_path / "libjemalloc.so.2")
-        Path(path).symlink_to(_libc())
-    measured = measure({"memusage.jemalloc": path})
-    measured.client.submit(tasks.array, 20, key="as-ever").result()
-    wait_until(lambda: source(measured) == "kernel")
-    assert record(measured, "as-ever").scope != "thread"
-    assert any("jemalloc is not turned on" in line and path in line for line in caplog.messages)
-
-
-def _libc() -> str:
-    with open("/proc/self/maps") as maps:
-        return next(line.split()[-1] for line in maps if "libc.so.6" in line)
-
-
 def script(text: str, **environment: str) -> str:
     """Run a script in a fresh process; return what it prints."""
     return subprocess.run(
@@ -482,58 +425,6 @@ def script(text: str, **environment: str) -> str:
         timeout=60,
         env={**os.environ, **environment},
     ).stdout.strip()
-
-
-PROBE = """
-from dask_memusage_exporter.measure import choose
-chosen = choose("auto", kernel_reset=True)
-print(chosen.name, "|", chosen.why)
-"""
-
-
-def test_without_pythonmalloc(jemalloc: str) -> None:
-    """Small objects would be missing: the number is not taken, and the log says what to set."""
-    said = script(PROBE, LD_PRELOAD=jemalloc)
-    assert said.startswith("kernel |")
-    assert "set PYTHONMALLOC=malloc" in said
-
-
-def test_without_jemalloc() -> None:
-    """Plain glibc is named for what it is."""
-    said = script(PROBE, PYTHONMALLOC="malloc")
-    assert said.startswith("kernel |")
-    assert "malloc is not jemalloc" in said
-
-
-@pytest.mark.parametrize("mode", ["RTLD_LOCAL", "RTLD_GLOBAL"])
-def test_a_jemalloc_that_is_not_the_process_malloc(mode: str, jemalloc: str) -> None:
-    """One that a library has brought along, openly or not, is not taken for it."""
-    said = script(
-        f"import ctypes; ctypes.CDLL({jemalloc!r}, mode=ctypes.{mode})\n{PROBE}",
-        PYTHONMALLOC="malloc",
-        GLIBC_TUNABLES="glibc.rtld.optional_static_tls=65536",  # else it cannot be loaded so late
-    )
-    assert said.startswith("kernel |")
-    assert ("does not come to it" if mode == "RTLD_GLOBAL" else "not jemalloc") in said
-
-
-def test_setting_of_the_source(jemalloc: str) -> None:
-    """`kernel` leaves it alone; `jemalloc` where there is none goes on with what works."""
-    text = PROBE.replace("auto", "kernel")
-    assert script(text, LD_PRELOAD=jemalloc, PYTHONMALLOC="malloc").startswith("kernel |")
-    assert script(PROBE.replace("auto", "jemalloc")).startswith("kernel |")
-    assert script(PROBE, LD_PRELOAD=jemalloc, PYTHONMALLOC="malloc").startswith("jemalloc |")
-
-
-def test_environment_keeps_what_is_there(jemalloc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other preloads stay behind ours, and Arrow's pool is left where somebody has chosen it."""
-    monkeypatch.setenv("LD_PRELOAD", "/lib/other.so")
-    monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", "mimalloc")
-    assert nanny.environment() == {
-        "LD_PRELOAD": f"{jemalloc}:/lib/other.so",
-        "PYTHONMALLOC": "malloc",
-        "ARROW_DEFAULT_MEMORY_POOL": "mimalloc",
-    }
 
 
 def test_thread_ends_and_descriptors(many: Measured) -> None:

@@ -14,7 +14,7 @@ from distributed import Client
 from dask_memusage_exporter import MemusageWorkerPlugin, catalog, install
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
 from dask_memusage_exporter.health import DROP_REASONS, STAGES, Health
-from tests import tasks
+from tests import tasks, tasks_children
 from tests.conftest import (
     Measured,
     Metrics,
@@ -23,8 +23,8 @@ from tests.conftest import (
     scheduler_port,
     wait_until,
 )
+from tests.deaths import grow, kill_when_running
 from tests.receivers import Received, receiver, variables
-from tests.test_kills import grow, kill_when_running
 
 NAMES = {spec.otel.name: spec for spec in catalog.METRICS if spec.otel is not None}
 
@@ -222,7 +222,7 @@ def test_forked_children_send_nothing(sent: tuple[Measured, Received]) -> None:
     """A child that lives for several intervals; the parent's totals are right."""
     cluster, received = sent
     before = {point.resource["service.instance.id"] for point in received.points()}
-    cluster.client.submit(tasks.fork_holds, 1, 1.5, key="forks-1").result()
+    cluster.client.submit(tasks_children.fork_holds, 1, 1.5, key="forks-1").result()
     wait_until(lambda: received.total(PEAK, "forks") == 1)
     requests = len(received.requests)
     wait_until(lambda: len(received.requests) > requests + 3)

@@ -17,7 +17,7 @@ from dask_memusage_exporter import install, providers
 from dask_memusage_exporter.aggregate import OVERFLOW
 from dask_memusage_exporter.exporters import otlp
 from dask_memusage_exporter.health import Health
-from tests import tasks
+from tests import applications, tasks
 from tests.conftest import local_cluster, measured, wait_until
 from tests.receivers import Received, receiver, variables
 
@@ -56,7 +56,7 @@ def test_nothing_is_imported_where_nobody_asks(env: dict[str, str], set_variable
     set_variables(env)
     with measured() as cluster:
         cluster.client.submit(tasks.array, 1, key="plain-1").result()
-        assert list(cluster.client.run(tasks.opentelemetry_modules).values()) == [[]]
+        assert list(cluster.client.run(applications.opentelemetry_modules).values()) == [[]]
     program = """
 import asyncio, json, sys
 from distributed import Scheduler
@@ -134,7 +134,7 @@ def test_spans_that_are_wanted_and_cannot_be_are_said() -> None:
         cluster.client.submit(tasks.array, 1, key="wanted-1").result()
         (log,) = cluster.client.get_worker_logs().values()
         assert len([line for _, line in log if "there is nothing to send spans to" in line]) == 1
-        assert list(cluster.client.run(tasks.opentelemetry_modules).values()) == [[]]
+        assert list(cluster.client.run(applications.opentelemetry_modules).values()) == [[]]
 
 
 # -- identity --------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_an_applications_provider_is_used(
     set_variables(variables(both.endpoint, OTEL_TRACES_EXPORTER="none"))
     with local_cluster(n_workers=2) as cluster, Client(cluster) as client:
         first, second = cluster.scheduler.workers
-        client.run(tasks.set_own_providers, both.endpoint, workers=[first])
+        client.run(applications.set_own_providers, both.endpoint, workers=[first])
         install(cluster.scheduler)
 
         def run(prefix: str, worker: str) -> None:
@@ -196,7 +196,7 @@ def test_an_applications_provider_is_used(
         run("ours", second)
         wait_until(lambda: by_service(both, "before") == {"application": 5})
         wait_until(lambda: by_service(both, "ours") == {"dask-worker": 5})
-        client.run(tasks.set_own_providers, both.endpoint, workers=[second])
+        client.run(applications.set_own_providers, both.endpoint, workers=[second])
 
         def followed() -> bool:
             run("after", second)
@@ -206,7 +206,7 @@ def test_an_applications_provider_is_used(
         run("then", second)
         wait_until(lambda: by_service(both, "then") == {"application": 5})
         client.unregister_worker_plugin("memusage")
-        assert all(client.run(tasks.add_own).values())
+        assert all(client.run(applications.add_own).values())
         wait_until(lambda: both.total("own") == 2)
     said = capfd.readouterr()
     assert "verriding" not in said.out + said.err

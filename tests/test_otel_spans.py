@@ -7,22 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from uuid import uuid4
 
 import dask
 import pytest
-from distributed import Client, span
+from distributed import span
 
-from dask_memusage_exporter import install, worker
-from tests import tasks
-from tests.conftest import (
-    Measured,
-    Records,
-    cluster_total,
-    local_cluster,
-    measured,
-    wait_until,
-)
+from dask_memusage_exporter import worker_spans
+from tests import applications, tasks, tasks_children, tasks_spans
+from tests.conftest import Measured, cluster_total, measured, wait_until
 from tests.receivers import Received, Span, receiver, variables
 from tests.tasks import Gate
 
@@ -158,7 +150,7 @@ def test_a_span_is_current_in_its_task_and_nowhere_else(
     """Tasks that raise, secede, wait for others, coroutines, actors: nothing is left behind."""
     cluster, received = sent
     client = cluster.client
-    trace, current = client.submit(tasks.current_span, key="current-1").result()
+    trace, current = client.submit(tasks_spans.current_span, key="current-1").result()
     one = one_span(received, "current")
     assert (trace, current) == (
         int.from_bytes(one.data.trace_id, "big"),
@@ -170,14 +162,14 @@ def test_a_span_is_current_in_its_task_and_nowhere_else(
     client.submit(tasks.coroutine, 1, key="coroutine-1").result()
     blocks = client.submit(tasks.lazily, 2, 1, key="generator-1")
     client.submit(tasks.taken, blocks, key="taken-1").result()
-    client.submit(tasks.leaves_context, key="leaves-1").result()
+    client.submit(tasks_spans.leaves_context, key="leaves-1").result()
     client.submit(tasks.nothing, key="then-1").result()
     actor = client.submit(tasks.Actor, actor=True).result()
     with pytest.raises(ValueError, match="on purpose"):
         actor.fail(1).result()
     actor.on_loop(1).result()
     # The client's own thread has nothing to do with it; executors' threads and the loop are clean.
-    assert list(client.run(tasks.current_span).values()) == [(0, 0)]
+    assert list(client.run(tasks_spans.current_span).values()) == [(0, 0)]
     assert list(client.run(executors_current).values()) == [{"default": (0, 0)}]
     names = ("raises", "secedes", "outer", "coroutine", "generator", "taken", "leaves", "then")
     for name in names:
@@ -199,7 +191,7 @@ def test_a_coroutine_has_its_own_span(
     cluster, received = sent
     client = cluster.client
     keys = [f"together-{i}" for i in range(20)]
-    futures = client.map(tasks.current_in_coroutine, [go.path] * 20, key=keys)
+    futures = client.map(tasks_spans.current_in_coroutine, [go.path] * 20, key=keys)
     wait_until(lambda: all(client.run(two_run).values()))
     go.open()
     results = dict(zip(keys, client.gather(futures), strict=True))
@@ -210,7 +202,7 @@ def test_a_coroutine_has_its_own_span(
         assert not one.data.parent_span_id
     client.submit(tasks.nothing, key="beside-1").result()
     assert not one_span(received, "beside").data.parent_span_id
-    assert list(client.run(tasks.current_later).values()) == [(0, 0)]
+    assert list(client.run(tasks_spans.current_later).values()) == [(0, 0)]
     assert list(client.run(executors_current).values()) == [{"default": (0, 0)}]
     assert "Failed to detach" not in "".join(capfd.readouterr())
 
@@ -218,12 +210,16 @@ def test_a_coroutine_has_its_own_span(
 def test_a_coroutine_that_never_ends_leaves_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     """Its worker closes while it waits, and says nothing of contexts."""
     with spanned() as (cluster, _):
-        future = cluster.client.submit(tasks.wait_for_ever, key="endless-1")
+        future = cluster.client.submit(tasks_spans.wait_for_ever, key="endless-1")
         wait_until(lambda: all(cluster.client.run(one_runs).values()))
         cluster.client.run(close_soon)
         wait_until(lambda: not cluster.cluster.scheduler.workers)
         del future
     assert "detach" not in "".join(capfd.readouterr())
+
+
+def close_soon(dask_worker: Any) -> None:
+    dask_worker.loop.add_callback(dask_worker.close, nanny=True)
 
 
 def one_runs(dask_worker: Any) -> bool:
@@ -236,14 +232,14 @@ def two_run(dask_worker: Any) -> bool:
 
 def executors_current(dask_worker: Any) -> dict[str, tuple[int, int]]:
     return {
-        "default": dask_worker.executors["default"].submit(tasks.current_span).result(),
+        "default": dask_worker.executors["default"].submit(tasks_spans.current_span).result(),
     }
 
 
 def test_an_actors_methods_have_spans(sent: tuple[Measured, Received]) -> None:
     """On a thread, on the event loop, and where they raise."""
     cluster, received = sent
-    actor = cluster.client.submit(tasks.Spanned, actor=True).result()
+    actor = cluster.client.submit(tasks_spans.Spanned, actor=True).result()
     on_thread = actor.on_thread("none").result()
     on_loop = actor.on_loop("none").result()
     with pytest.raises(ValueError, match="on purpose"):
@@ -260,7 +256,7 @@ def test_an_actors_methods_have_spans(sent: tuple[Measured, Received]) -> None:
 def test_actors_calls_that_fail_one_after_the_other(sent: tuple[Measured, Received]) -> None:
     """Each has its own exception, though the next one starts before anybody tells of it."""
     cluster, received = sent
-    actor = cluster.client.submit(tasks.Spanned, actor=True).result()
+    actor = cluster.client.submit(tasks_spans.Spanned, actor=True).result()
     texts = [f"number {number}" for number in range(10)]
     for call in [actor.raises_in_a_row(text) for text in texts]:
         with pytest.raises(ValueError, match="number"):
@@ -279,7 +275,7 @@ def test_actors_failures_that_wait_to_be_told_are_bounded() -> None:
     with spanned() as (cluster, received):
         client = cluster.client
         client.run(bound_raised, 1)
-        actor = client.submit(tasks.Spanned, actor=True).result()
+        actor = client.submit(tasks_spans.Spanned, actor=True).result()
         actor.on_thread("first").result()
         calls = [actor.raises_after(0.2) for _ in range(5)]
         wait_until(lambda: list(client.run(waiting_calls).values()) == [4], what="calls to queue")
@@ -301,7 +297,7 @@ def test_actors_failures_that_wait_to_be_told_are_bounded() -> None:
 
 
 def bound_raised(most: int) -> None:
-    worker._MOST_RAISED = most
+    worker_spans._MOST_RAISED = most
 
 
 def waiting_calls(dask_worker: Any) -> int:
@@ -311,217 +307,11 @@ def waiting_calls(dask_worker: Any) -> int:
 def test_nothing_is_left_on_a_thread_when_measuring_ends() -> None:
     """Not even by an actor's method that has raised, of whose end nobody tells."""
     with spanned() as (cluster, _):
-        actor = cluster.client.submit(tasks.Spanned, actor=True).result()
+        actor = cluster.client.submit(tasks_spans.Spanned, actor=True).result()
         with pytest.raises(ValueError, match="on purpose"):
             actor.raises().result()
         cluster.client.run(lambda dask_worker: dask_worker.extensions["memusage"].deactivate())
         assert actor.current().result() == (0, 0)
-
-
-# -- as an application's guest ---------------------------------------------------------------------
-
-
-@contextmanager
-def guest(received: Received, config: dict[str, Any] | None = None, **own: Any) -> Iterator[Any]:
-    """Hold a measured cluster whose worker has a TracerProvider of its own from the start."""
-    with local_cluster() as cluster, Client(cluster) as client:
-        client.run(tasks.set_own_tracer, received.endpoint, **own)
-        records = Records()
-        with dask.config.set(config or {}):
-            install(cluster.scheduler)
-            cluster.scheduler.extensions["memusage"].add_sink(records)
-            install(cluster.scheduler)
-        yield Measured(cluster, client, records)
-
-
-@pytest.fixture
-def received() -> Iterator[Received]:
-    """A receiver of an application's spans; no variable says anything of it."""
-    with receiver() as one:
-        yield one
-
-
-@pytest.mark.ends
-def test_instrumented_libraries_nest_under_the_task(received: Received) -> None:
-    """Their spans are its children, through the application's provider; each is there once."""
-    with guest(received, log=True) as cluster:
-        client = cluster.client
-        client.submit(tasks.starts_child, "query", key="nesting-1").result()
-        parent = one_span(received, "nesting")
-        child = one_span(received, "query")
-        assert child.data.parent_span_id == parent.data.span_id
-        assert child.data.trace_id == parent.data.trace_id
-        assert parent.resource["service.name"] == "application"
-        (address,) = cluster.cluster.scheduler.workers
-        assert parent.attributes["dask.worker.address"] == address
-        assert parent.attributes["dask.worker.name"] == "0"
-        # In a coroutine, too.
-        client.submit(tasks.starts_child_on_loop, "request", key="awaiting-1").result()
-        awaiting = one_span(received, "awaiting")
-        assert one_span(received, "request").data.parent_span_id == awaiting.data.span_id
-        # An exception is a log record where the application takes those.
-        assert client.submit(tasks.fail, 1, key="logs-1").exception() is not None
-        failed = one_span(received, "logs")
-        assert failed.data.status.code == ERROR
-        if not failed.data.events:  # an SDK of before that has no such records
-            ((name, about, span_id),) = next(iter(client.run(tasks.logged).values()))
-            assert (name, about["exception.type"]) == ("exception", "ValueError")
-            assert span_id == int.from_bytes(failed.data.span_id, "big")
-
-
-def test_an_application_that_comes_later_is_followed(
-    received: Received, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Each task has one span, by ours before and by the application's after."""
-    with spanned() as (cluster, ours):
-        client = cluster.client
-        client.submit(tasks.nothing, key="early-1").result()
-        client.run(tasks.set_own_tracer, received.endpoint)
-        count = 0
-
-        def followed() -> bool:
-            nonlocal count
-            count += 1
-            client.submit(tasks.nothing, key=f"late-{count}").result()
-            return bool(received.spans("late"))
-
-        wait_until(followed)
-        client.submit(tasks.nothing, key="then-1").result()
-        one_span(received, "then")
-        one_span(ours, "early")
-        wait_until(lambda: len(received.spans("late")) + len(ours.spans("late")) == count)
-        assert not ours.spans("then")
-    said = capfd.readouterr()
-    assert "verriding" not in said.out + said.err
-
-
-def test_a_slow_processor_holds_nobody_up(received: Received) -> None:
-    """It sleeps a second at each end; a task and the event loop know nothing of it."""
-    with guest(received, delay=1.0) as cluster:
-        began = time.monotonic()
-        keys = [f"slow-{i}" for i in range(20)]
-        cluster.client.gather(cluster.client.map(tasks.nothing, range(20), key=keys))
-        assert time.monotonic() - began < 2
-        wait_until(lambda: len(received.spans("slow")) >= 1)
-
-
-def test_a_filter_keeps_what_stands_out(received: Received) -> None:
-    """Large, failed, among the largest, and parents, though they are small themselves."""
-    config = {
-        "memusage.spans.keep.growth": "60MiB",
-        "memusage.spans.keep.largest": 1,
-        "memusage.spans.task-key": False,
-    }
-    with guest(received, config) as cluster:
-        client = cluster.client
-
-        def run(function: Any, argument: Any, key: str) -> None:
-            client.submit(function, argument, key=key).exception()
-
-        run(tasks.array, 40, "first-1")  # the largest of its prefix so far
-        run(tasks.array, 1, "first-2")
-        run(tasks.array, 1, "first-3")
-        run(tasks.array, 100, "first-4")
-        run(tasks.fail, 1, "failing-1")
-        for i in range(3):
-            run(tasks.starts_child, "child", f"parent-{i}")
-        run(tasks.array, 100, "last-1")
-        one_span(received, "last")
-        assert len(received.spans("parent")) == 3
-        assert len(received.spans("failing")) == 1
-        assert len(received.spans("first")) == 2
-        assert not [s for s in received.spans() if "dask.task.key" in s.attributes]
-        wait_until(lambda: cluster_total(
-            cluster.cluster, "dask_worker_task_memory_tasks_total", task_prefix_name="first"
-        ) == 4)  # fmt: skip
-
-
-def test_a_filter_leaves_out_what_is_hardly_larger() -> None:
-    """A process grows a little with each small task: few of them are among the largest."""
-    with spanned(config={"memusage.spans.keep.largest": 2}) as (cluster, received):
-        client = cluster.client
-        keys = [f"alike-{i}" for i in range(200)]
-        client.gather(client.map(tasks.nothing, range(200), key=keys))
-        client.submit(tasks.array, 100, key="alike-1000").result()
-        assert client.submit(tasks.fail, 1, key="failing-1").exception() is not None
-        one_span(received, "failing")  # the last to end
-        kept = [one.attributes["dask.task.key"] for one in received.spans("alike")]
-        assert "alike-1000" in kept
-        peaks = [record.peak_bytes for record in cluster.records.of("alike")]
-        assert 3 <= len(kept) < 20 < len(set(peaks))
-
-
-def test_a_filter_keeps_who_submitted_others() -> None:
-    """Its children may run in any process: what is submitted tells that it has some."""
-    config = {"memusage.spans.keep.peak": "1TiB"}
-    with spanned(config=config, n_workers=2) as (cluster, received):
-        client = cluster.client
-        here, there = cluster.cluster.scheduler.workers
-        client.submit(tasks.nothing, key="small-1", workers=here).result()
-        around = client.submit(
-            tasks.submits_failing, "within-1", there, key="around-1", workers=here
-        )
-        around.result()
-        within, around = one_span(received, "within"), one_span(received, "around")
-        assert within.resource["dask.worker.address"] == there
-        assert within.data.parent_span_id == around.data.span_id
-        assert not received.spans("small")
-
-
-def test_an_applications_processors_hear_the_end_of_spans_that_are_left_out(
-    received: Received,
-) -> None:
-    """As of spans that are not sampled, with what was measured; no exporter takes them."""
-    with guest(received, {"memusage.spans.keep.peak": "1TiB"}) as cluster:
-        client = cluster.client
-        client.run(tasks.hear)
-        keys = [f"small-{i}" for i in range(10)]
-        client.gather(client.map(tasks.nothing, range(10), key=keys))
-        client.submit(tasks.fail, 1, key="failing-1").exception()
-
-        def heard() -> Any:
-            ((still_open, ended),) = client.run(tasks.heard).values()
-            return not still_open and len(ended) == 11 and ended
-
-        ended = wait_until(heard)
-        small = [one for one in ended if one[0] == "small"]
-        assert len(small) == 10
-        assert all(not sampled and peak > 2**20 for _, sampled, peak in small)
-        assert [sampled for name, sampled, _ in ended if name == "failing"] == [True]
-        one_span(received, "failing")
-        assert not received.spans("small")
-
-
-@pytest.mark.parametrize("keep", [{}, {"memusage.spans.keep.peak": "1TiB"}])
-def test_a_provider_of_another_kind_than_the_sdks(keep: dict[str, Any]) -> None:
-    """It has what the API asks for and nothing more; tasks run, and it gets its spans."""
-    with local_cluster() as cluster, Client(cluster) as client:
-        client.run(tasks.set_foreign_tracer)
-        with dask.config.set(keep):
-            install(cluster.scheduler)
-        client.submit(tasks.fail, 1, key="foreign-1").exception()
-        keys = [f"foreign-{i}" for i in range(2, 12)]
-        client.gather(client.map(tasks.nothing, range(10), key=keys))
-
-        def told() -> Any:
-            (spans,) = client.run(tasks.foreign).values()
-            ended = [one for one in spans if one.get("ended")]
-            return len(ended) == 11 and ended  # nobody tells which of them are parents
-
-        spans = wait_until(told)
-        assert {one["dask.task.key"] for one in spans} == {f"foreign-{i}" for i in range(1, 12)}
-        assert [one["error.type"] for one in spans if "event" in one] == ["ValueError"]
-        errors = "dask_worker_task_memory_errors_total"
-        assert cluster_total(cluster, errors) == 0
-
-
-def test_an_exception_that_no_log_takes_is_told_on_the_span(received: Received) -> None:
-    """A LoggerProvider with nothing behind it, as OTEL_LOGS_EXPORTER=none sets one."""
-    with guest(received) as cluster:
-        cluster.client.run(tasks.set_empty_logger)
-        cluster.client.submit(tasks.fail, 1, key="unlogged-1").exception()
-        (event,) = one_span(received, "unlogged").data.events
-        assert event.name == "exception"
 
 
 # -- variables, settings, failures -----------------------------------------------------------------
@@ -541,32 +331,11 @@ def test_over_grpc_with_a_sampler() -> None:
         assert cluster_total(cluster.cluster, lost) == 0
 
 
-def test_a_provider_with_nothing_behind_it_is_none(received: Received) -> None:
-    """One that a variable alone has set sends to nobody: ours does, until somebody adds to it."""
-    env = {"OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider"}
-    with spanned(env=env) as (cluster, ours):
-        client = cluster.client
-        client.submit(tasks.nothing, key="behind-1").result()
-        assert one_span(ours, "behind").resource["service.name"] == "dask-worker"
-        client.run(tasks.add_processor, received.endpoint)
-
-        def followed() -> bool:
-            client.submit(tasks.nothing, pure=False, key=f"added-{uuid4()}").result()
-            return bool(received.spans("added"))
-
-        wait_until(followed)
-        assert not received.spans("behind")
-
-
 def test_spans_can_be_switched_off() -> None:
     """Whatever the variables say; nothing is imported then."""
     with spanned(config={"memusage.spans.enabled": False}) as (cluster, _):
         cluster.client.submit(tasks.nothing, key="off-1").result()
-        assert list(cluster.client.run(tasks.opentelemetry_modules).values()) == [[]]
-
-
-def close_soon(dask_worker: Any) -> None:
-    dask_worker.loop.add_callback(dask_worker.close, nanny=True)
+        assert list(cluster.client.run(applications.opentelemetry_modules).values()) == [[]]
 
 
 def test_forked_children_send_nothing() -> None:
@@ -574,9 +343,9 @@ def test_forked_children_send_nothing() -> None:
     env = {"OTEL_METRICS_EXPORTER": "otlp"}
     with spanned(config={"distributed.worker.daemon": False}, env=env) as (cluster, received):
         client = cluster.client
-        client.run(tasks.open_executor)
-        client.submit(tasks.fork_holds, 1, 1.0, key="forks-1").result()
-        assert client.submit(tasks.bare_fork, 1.0, key="bare-1").result() == 7
+        client.run(tasks_children.open_executor)
+        client.submit(tasks_children.fork_holds, 1, 1.0, key="forks-1").result()
+        assert client.submit(tasks_children.bare_fork, 1.0, key="bare-1").result() == 7
         with dask.annotate(executor="processes"):
             client.submit(tasks.sleep, 1.0, key="pooled-1").result()
         client.submit(tasks.nothing, key="then-1").result()
@@ -588,4 +357,4 @@ def test_forked_children_send_nothing() -> None:
         # A child that sent would send its copy at its own times, some of them the same.
         points = received.points("dask.memusage.time")
         assert len(points) == len({(one.series, one.data.time_unix_nano) for one in points})
-        client.run(tasks.close_executor)
+        client.run(tasks_children.close_executor)

@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from dask_memusage_exporter import submission, traced
 from dask_memusage_exporter.instrumentor import PRELOAD, DaskMemusageInstrumentor
-from tests import tasks
+from tests import tasks, tasks_spans
 from tests.conftest import Measured, wait_until
 from tests.receivers import Received, receiver, variables
 from tests.servers import Servers
@@ -165,8 +165,8 @@ def test_annotations_of_a_graphs_own_layers_stay(
     """A layer's own, such as retries, beside the parent that all of them get."""
     cluster, received = sent
     with dask.annotate(retries=2, tag="mine"):
-        first = dask.delayed(tasks.annotations)(dask_key_name="layered-1")
-    second = dask.delayed(tasks.annotations)(first, dask_key_name="layered-2")
+        first = dask.delayed(tasks_spans.annotations)(dask_key_name="layered-1")
+    second = dask.delayed(tasks_spans.annotations)(first, dask_key_name="layered-2")
     with application.tracer.start_as_current_span("graph"):
         # In one graph: of two, the second may have to run the first task once more.
         future, own = cluster.client.compute([second, first])
@@ -185,7 +185,7 @@ def test_by_hand(sent: tuple[Measured, Received], application: Application) -> N
         cluster.client.submit(tasks.nothing, key="inside-1").result()
         with application.tracer.start_as_current_span("inner"):
             cluster.client.submit(tasks.nothing, key="deeper-1").result()
-        actor = cluster.client.submit(tasks.Spanned, actor=True, key="called-1").result()
+        actor = cluster.client.submit(tasks_spans.Spanned, actor=True, key="called-1").result()
         actor.current().result()
     with application.tracer.start_as_current_span("unrelated"):
         cluster.client.submit(tasks.nothing, key="outside-1").result()
@@ -319,7 +319,7 @@ def test_a_worker_under_opentelemetry_instrument(nanny: str, tmp_path: Path) -> 
             servers.client.wait_for_workers(1, timeout=30)
             (instrumented,) = servers.client.run(is_instrumented).values()
             assert instrumented or nanny == "--nanny"
-            servers.client.submit(tasks.starts_child, "library", key="under-1").result()
+            servers.client.submit(tasks_spans.starts_child, "library", key="under-1").result()
             parent = one_span(received, "under")
             if instrumented:
                 child = one_span(received, "library")

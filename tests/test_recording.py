@@ -136,11 +136,11 @@ def test_a_recording_goes_with_its_client(
         with record(client) as others:
             with Client(cluster) as gone:
                 record(gone).__enter__()
-                assert len(agent.sinks) == len(agent._recordings) == 2
-            wait_until(lambda: len(agent.sinks) == len(agent._recordings) == 1)
+                assert len(agent.rows.sinks) == len(agent.recordings._sinks) == 2
+            wait_until(lambda: len(agent.rows.sinks) == len(agent.recordings._sinks) == 1)
             client.submit(block, 1, key="other-0").result()
         assert [one.key for one in others.records] == ["other-0"]
-    wait_until(lambda: not agent.sinks and not agent._recordings)
+    wait_until(lambda: not agent.rows.sinks and not agent.recordings._sinks)
 
     def rows(dask_worker: Any) -> bool:
         return dask_worker.extensions["memusage"].reporter.rows
@@ -154,11 +154,11 @@ def test_who_has_gone_before_it_was_heard_leaves_nothing() -> None:
     async def run() -> None:
         async with Scheduler(dashboard_address="127.0.0.1:0", port=0) as scheduler:
             agent = prepare(scheduler, None)
-            await agent.start_recording(client="gone")
-            assert not agent.sinks
+            await agent.recordings.start(client="gone")
+            assert not agent.rows.sinks
             # Clients of before say no name: theirs stays until it is fetched.
-            token = await agent.start_recording()
-            assert await agent.stop_recording(token) == ([], 0)
+            token = await agent.recordings.start()
+            assert await agent.recordings.stop(token) == ([], 0)
 
     asyncio.run(run())
 
@@ -190,7 +190,7 @@ def test_a_recording_waits_for_no_death_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where nobody tells what a worker ran, the records that are there are returned."""
-    monkeypatch.setattr("dask_memusage_exporter.scheduler._PATIENCE", 0.1)
+    monkeypatch.setattr("dask_memusage_exporter.exporters.recordings._PATIENCE", 0.1)
     cluster = make_cluster(processes=False)
     client = make_client(cluster)
     with record(client) as recording:
@@ -206,9 +206,9 @@ def test_a_scheduler_that_closes_meanwhile_keeps_nothing(monkeypatch: pytest.Mon
     async def run() -> None:
         async with Scheduler(dashboard_address="127.0.0.1:0", port=0) as scheduler:
             agent = prepare(scheduler, None)
-            token = await agent.start_recording()
+            token = await agent.recordings.start()
             monkeypatch.setitem(agent.deaths._open, "nobody-tells", None)
-            stopping = asyncio.ensure_future(agent.stop_recording(token))
+            stopping = asyncio.ensure_future(agent.recordings.stop(token))
             await asyncio.sleep(0)
             agent.teardown()
             monkeypatch.undo()
@@ -248,7 +248,7 @@ def lose_connection(cluster: LocalCluster, client: Client) -> None:
     """Cut it; the client connects anew, and the scheduler has let its recordings go."""
     agent, loop = cluster.scheduler.extensions["memusage"], cluster.scheduler.loop
     loop.add_callback(lambda: [comm.abort() for comm in cluster.scheduler.client_comms.values()])
-    wait_until(lambda: not agent._recordings)
+    wait_until(lambda: not agent.recordings._sinks)
     wait_until(lambda: client.status == "running")
 
 

@@ -28,7 +28,7 @@ from dask_memusage_exporter.cli.texts import TextFile
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.install import install
 from dask_memusage_exporter.records import TaskMemory
-from dask_memusage_exporter.scheduler import SchedulerAgent
+from dask_memusage_exporter.scheduler_agent import SchedulerAgent
 from dask_memusage_exporter.worker import EXTENSION
 
 #: In seconds; a machine that is busy starts many processes slowly.
