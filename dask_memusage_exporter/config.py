@@ -109,6 +109,17 @@ class Settings:
         return allowed and not _matches(prefix, self.prefixes_deny)
 
 
+def check(key: str, value: object) -> None:
+    """Check a value that somebody gives for a setting in another way, such as an argument.
+
+    Raises
+    ------
+    ConfigError
+        As for the setting itself.
+    """
+    _CHECKS[key](f"memusage.{key}", value)
+
+
 def explicit() -> dict[str, Any]:
     """Return what somebody has set under ``memusage``, flat: ``{"csv.path": "x.csv"}``.
 

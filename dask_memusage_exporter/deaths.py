@@ -118,8 +118,9 @@ class Deaths:
         self._homes: dict[str, Home] = {}
         self._open: dict[str, _Death] = {}
         self._early: OrderedDict[str, flight.Wreck] = OrderedDict()
-        #: By incarnation; with its death where no file of it has been read.
-        self._settled: OrderedDict[str, _Death | None] = OrderedDict()
+        #: By incarnation: its death where no file of it has been read, and whether it is known how
+        #: many records it had made. That is told once, whoever says it again.
+        self._settled: OrderedDict[str, tuple[_Death | None, bool]] = OrderedDict()
         self._memory_kills: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -166,18 +167,21 @@ class Deaths:
 
     def _in_order(self, incarnation: str, observed: int | None) -> None:
         early = self._early.pop(incarnation, None)
-        if incarnation not in self._settled:
-            self._remember(incarnation, None)
-        self._on_end(incarnation, early.observed if early is not None else observed)
+        if early is not None:
+            observed = early.observed
+        death, counted = self._settled.get(incarnation, (None, False))
+        if not counted:
+            self._remember(incarnation, death, counted=observed is not None)
+            self._on_end(incarnation, observed)
 
-    def _remember(self, incarnation: str, death: _Death | None) -> None:
-        self._settled[incarnation] = death
+    def _remember(self, incarnation: str, death: _Death | None, *, counted: bool) -> None:
+        self._settled[incarnation] = death, counted
         while len(self._settled) > _REMEMBERED:
             self._settled.popitem(last=False)
         if death is not None:
-            untold = [one for one, untold in self._settled.items() if untold is not None]
+            untold = [one for one, (untold, _) in self._settled.items() if untold is not None]
             for one in untold[:-_UNTOLD]:
-                self._settled[one] = None
+                self._settled[one] = None, False
 
     def event(self, topic: str, message: Any) -> None:
         """Hear the scheduler's events (``SchedulerPlugin.log_event``)."""
@@ -241,7 +245,8 @@ class Deaths:
             if in_order or death.cause == _ORDERED:
                 self._in_order(home.incarnation, None if wreck is None else wreck.observed)
             else:
-                self._remember(home.incarnation, death if wreck is None else None)
+                untold = death if wreck is None else None
+                self._remember(home.incarnation, untold, counted=wreck is not None)
                 self._report(death, wreck)
         except Exception as error:
             self._on_error(error)
@@ -305,12 +310,13 @@ class Deaths:
         if death is not None:
             death.tell(wreck)
         elif incarnation in self._settled:
-            late, self._settled[incarnation] = self._settled[incarnation], None
-            if late is None:
-                self._on_end(incarnation, wreck.observed)
-            else:  # it has come at last
+            late, counted = self._settled[incarnation]
+            self._settled[incarnation] = None, True
+            if late is not None:  # it has come at last
                 late.told_at = time.time()
                 self._report(late, wreck)
+            elif not counted:
+                self._on_end(incarnation, wreck.observed)
         else:
             # It is back before the scheduler has noticed that it was gone.
             self._early[incarnation] = wreck

@@ -11,6 +11,7 @@ from distributed import Client, Scheduler, default_client
 from distributed.deploy.cluster import Cluster
 from distributed.utils import sync
 
+from dask_memusage_exporter.config import check
 from dask_memusage_exporter.scheduler import MemusageSchedulerPlugin, prepare
 
 
@@ -51,7 +52,7 @@ def install(
     TypeError
         The target is nothing of the above.
     ConfigError
-        A setting is wrong. The settings are those of the scheduler's process.
+        A setting is wrong, or ``jemalloc``. The settings are those of the scheduler's process.
     OSError
         The CSV file cannot be written. Nothing has been set up then.
     ModuleNotFoundError
@@ -60,6 +61,8 @@ def install(
     if target is None:
         target = default_target()
     csv_path = None if csv_path is None else os.fspath(csv_path)
+    if jemalloc is not None:
+        check("jemalloc", jemalloc)
     if isinstance(target, Cluster):
         scheduler = getattr(target, "scheduler", None)
         if not isinstance(scheduler, Scheduler):

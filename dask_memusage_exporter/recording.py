@@ -103,13 +103,16 @@ class Recording:
         """Return one row a record, the fields of :class:`TaskMemory` as columns.
 
         Unknown values are NA: sizes are of the nullable type ``Int64``, in bytes; times are
-        ``datetime64`` in UTC by the worker's clock.
+        ``datetime64`` in UTC by the worker's clock. The peak of a task that was killed is the last
+        one that was seen.
         """
         import pandas
 
         frame = pandas.DataFrame(self.records, columns=list(TaskMemory._fields))
         sizes = [name for name in frame.columns if name.endswith("_bytes")]
         frame = frame.astype(dict.fromkeys([*sizes, "concurrency"], "Int64"))
+        seen = ["start_bytes", "peak_bytes"]
+        frame[seen] = frame[seen].mask(frame[seen] == 0)
         for name in ("start", "stop"):
             frame[name] = pandas.to_datetime(frame[name].astype(float), unit="s", utc=True)
         return frame
@@ -117,15 +120,20 @@ class Recording:
     def by_prefix(self) -> pandas.DataFrame:
         """Return one row a prefix: tasks, how many have a growth of their own, quantiles in bytes.
 
-        Columns of growth are over the tasks of scope ``process`` alone, and NA where there is none.
+        Columns of growth are over the tasks of scope ``thread`` or ``process`` alone, and NA where
+        there is none. Tasks that were killed have a column, and are in no other: how high they
+        would have been nobody knows.
         """
         import pandas
 
         frame = self.to_pandas()
-        groups = frame.groupby("task_prefix")
+        killed = frame["status"] == "killed"
+        by_prefix = frame.groupby("task_prefix")
+        groups = frame[~killed].groupby("task_prefix")
         columns = {
-            "tasks": groups.size(),
-            "own_growth": groups["growth_bytes"].count(),
+            "tasks": (~killed).groupby(frame["task_prefix"]).sum(),
+            "own_growth": by_prefix["growth_bytes"].count(),
+            "killed": killed.groupby(frame["task_prefix"]).sum(),
         }
         for name in ("peak", "growth"):
             sizes = groups[f"{name}_bytes"]
@@ -139,6 +147,8 @@ class Recording:
     def plot(self, axes: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Draw each task's peak over time, one colour a prefix; hollow where growth is not its own.
 
+        A cross is the last peak that was seen of a task that was killed.
+
         Parameters
         ----------
         axes
@@ -151,17 +161,20 @@ class Recording:
         frame = self.to_pandas()
         for number, (prefix, tasks) in enumerate(frame.groupby("task_prefix")):
             own, colour, label = tasks["growth_bytes"].notna(), f"C{number % 10}", f"{prefix}"
-            for chosen, filling in ((own, colour), (~own, "none")):
+            killed = tasks["status"] == "killed"
+            seen = killed & tasks["peak_bytes"].notna()
+            kinds = ((own, colour, "o"), (~own & ~killed, "none", "o"), (seen, colour, "X"))
+            for chosen, filling, marker in kinds:
                 if chosen.any():
                     peaks = tasks["peak_bytes"][chosen].astype(float) / 2**20
                     axes.scatter(
                         tasks["stop"][chosen], peaks, s=18,
-                        facecolors=filling, edgecolors=colour, label=label,
+                        facecolors=filling, edgecolors=colour, marker=marker, label=label,
                     )  # fmt: skip
                     label = ""  # matplotlib leaves it out of the legend
         axes.set_ylabel("peak of the process (MiB)")
         axes.set_ylim(bottom=0)
-        axes.set_title("Peak memory by task (hollow: shared with others)")
+        axes.set_title("Peak memory by task (hollow: shared with others; cross: killed)")
         if self.records:
             axes.legend(title="prefix", loc="upper left", bbox_to_anchor=(1, 1))
         return axes

@@ -25,11 +25,12 @@ class TaskMemory(NamedTuple):
     stop: float
     #: Resident memory (RSS, children included) of the process when the task started.
     start_bytes: int
-    #: Peak of the same while the task ran: everybody's when tasks overlap.
+    #: Peak of the same while the task ran: everybody's when tasks overlap. Of a task that was
+    #: killed the last one that was seen; both are 0 where none was.
     peak_bytes: int
     #: What the task itself added at its peak; None unless ``scope`` says that it is the task's own.
     growth_bytes: int | None
-    #: Whose number it is: ``process`` or ``shared``.
+    #: Whose number it is: ``thread``, ``process`` or ``shared``.
     scope: str
     #: Why it is ``shared`` (see :mod:`dask_memusage_exporter.measure.scopes`); else None.
     reason: str | None
@@ -42,7 +43,7 @@ class TaskMemory(NamedTuple):
     #: Sizes of the task's dependencies and of its result, as Dask estimates them.
     input_bytes: int | None
     output_bytes: int | None
-    #: ``finished``, ``erred``, ``cancelled`` or ``rescheduled``.
+    #: ``finished``, ``erred``, ``cancelled``, ``rescheduled`` or ``killed``.
     status: str
     #: Dask's own span id (``distributed.span``).
     span_id: str | None

@@ -86,7 +86,7 @@ def prepare(
     settings = Settings.load()
     known = scheduler.extensions.get(EXTENSION)
     agent = known if isinstance(known, SchedulerAgent) else SchedulerAgent(scheduler, settings)
-    path = csv_path or settings.csv_path
+    path = settings.csv_path if csv_path is None else csv_path
     if path is not None:
         try:
             agent.rows.add_csv(path, settings.csv_columns)

@@ -110,8 +110,9 @@ Dask's configuration, key `memusage`: any YAML file that Dask reads, `dask.confi
 environment as `DASK_MEMUSAGE__...` (`DASK_MEMUSAGE__CSV__PATH=memusage.csv`). A setting that is
 unknown or out of range is one error that names the key, the value and what is allowed.
 
-The scheduler's settings travel to the workers. For how to measure (`source`, `kernel-reset`,
-`trim`) a worker's own explicit value wins; for all else the scheduler's does.
+The scheduler's settings travel to the workers. For what depends on the machine (`source`,
+`kernel-reset`, `trim`, `flight-directory`) a worker's own explicit value wins; for all else the
+scheduler's does.
 
 | key | default | meaning |
 |---|---|---|
@@ -173,11 +174,11 @@ def _settings(defaults: dict, schema: dict, above: str) -> list[str]:
             lines += _settings(default, what["properties"], f"{above}{name}.")
             continue
         shown = "none" if default is None else str(default).lower()
-        allowed = (
-            " One of " + ", ".join(f"`{one}`" for one in what["enum"] if one is not False) + "."
-            if "enum" in what
-            else ""
-        )
+        values = what.get("enum", ())
+        if "off" in values:
+            values = [one for one in values if one is not False]  # the same to YAML 1.1
+        words = ", ".join(f"`{str(one).lower()}`" for one in values)
+        allowed = f" One of {words}." if words else ""
         lines.append(f"| `{above}{name}` | `{shown}` | {what['description']}{allowed} |")
     return lines
 

@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY, generate_latest
 
 from dask_memusage_exporter.aggregate import Batch, fingerprint
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
+from dask_memusage_exporter.flight import Wreck
 from dask_memusage_exporter.records import TaskMemory
 from dask_memusage_exporter.scheduler import prepare
 from dask_memusage_exporter.scheduler_agent import SchedulerAgent
@@ -121,6 +122,35 @@ def test_what_was_refused_is_lost_once() -> None:
         assert agent.health.dropped["invalid"] == 3
         assert agent.health.dropped["worker_gone"] == 1
         assert agent.batches._received == {}
+
+    at_scheduler(test)
+
+
+def test_a_goodbye_whose_answer_was_lost_is_heard_once() -> None:
+    """Its worker leaves its file behind, and the next process tells the same again."""
+
+    def test(agent: SchedulerAgent) -> None:
+        goodbye = {"worker": "tcp://worker", "incarnation": "one", "observed": 3}
+        wreck = Wreck({"incarnation": "one"}, [], 3, 0, None, 0.0)
+        agent.handle_batch(**batch("a", "b"))
+        for _ in range(2):
+            agent.handle_goodbye(**goodbye)
+            agent.handle_hello(worker="tcp://next", home={"wrecks": [tuple(wreck)]})
+        assert agent.health.dropped["worker_gone"] == 1
+
+    at_scheduler(test)
+
+
+def test_what_a_nanny_cannot_know_is_told_by_the_file() -> None:
+    """It says that its worker ends in order, and not how many records that had made."""
+
+    def test(agent: SchedulerAgent) -> None:
+        wreck = Wreck({"incarnation": "one"}, [], 3, 0, None, 0.0)
+        agent.handle_batch(**batch("a", "b"))
+        agent.handle_goodbye(worker="tcp://worker", incarnation="one")
+        assert agent.health.dropped["worker_gone"] == 0
+        agent.handle_hello(worker="tcp://next", home={"wrecks": [tuple(wreck)]})
+        assert agent.health.dropped["worker_gone"] == 1
 
     at_scheduler(test)
 

@@ -277,3 +277,25 @@ def test_who_listens_changes_nothing(
     # The topic tells of kills; nothing is sent or kept for a task that simply ran.
     assert heard == []
     assert measured.client.get_events("memusage") == ()
+
+
+def test_a_row_that_cannot_be_sent_is_counted(
+    measure: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask drops in silence what a worker sends by a broken connection; its count comes at last."""
+    measured = measure(processes=False)
+    port = scheduler_port(measured.cluster)
+
+    def lost(server: str) -> float:
+        name = f"dask_{server}_task_memory_dropped_records_total"
+        return Metrics.read(port).total(name, reason="disconnected")
+
+    (worker,) = measured.cluster.workers.values()
+    monkeypatch.setattr(worker.batched_stream.comm, "closed", lambda: True)
+    future = measured.client.submit(inc, 1, key="unsent-1")
+    wait_until(lambda: lost("worker") == 1)
+    future.cancel()
+    measured.client.retire_workers([worker.address])
+    wait_until(lambda: lost("scheduler") == 1)
+    assert cluster_counts(measured.cluster, "unsent") == 1
+    assert measured.records.of("unsent") == []

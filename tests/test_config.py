@@ -130,6 +130,9 @@ GOOD: list[tuple[str, object, str, object]] = [
     ("csv.columns", "task", "csv_columns", "task"),
     ("csv.columns", "full", "csv_columns", "full"),
     ("csv", None, "csv_path", None),
+    ("prefixes", None, "prefixes_deny", ()),
+    ("spans", None, "spans_enabled", "auto"),
+    ("spans.keep", None, "spans_keep_largest", 0),
     ("source", "auto", "source", "auto"),
     ("source", "kernel", "source", "kernel"),
     ("source", "polling", "source", "polling"),
@@ -218,6 +221,7 @@ BAD: list[tuple[str, object, str]] = [
     ("buckets", [""], "is not a list of 1 to 200 rising sizes above 0"),
     ("buckets", "1MiB", "is not a list of 1 to 200 rising sizes above 0"),
     ("flight-directory", "", "is not a file's path"),
+    ("flight-directory", " ", "is not a file's path"),
     ("prefixes.allow", "a*", "is not a list of patterns such as ['sum*', 'mean-*']"),
     ("prefixes.deny", [1], "is not a list of patterns"),
     ("jemalloc", 1, "is not true, false or the path of libjemalloc.so.2"),
@@ -384,11 +388,26 @@ def test_the_namespace_is_dasks() -> None:
 
 
 def test_who_decides_what() -> None:
-    """The worker's own explicit source, kernel-reset and trim; the scheduler's all else."""
-    own = {"source": "polling", "max-prefixes": 3, "worker-metrics": "totals"}
+    """The worker's own for what depends on its machine; the scheduler's for all else."""
+    own = {
+        "source": "polling",
+        "kernel-reset": False,
+        "flight-directory": "/its/own",
+        "max-prefixes": 3,
+        "worker-metrics": "totals",
+    }
+    schedulers = {
+        "source": "kernel",
+        "kernel-reset": True,
+        "flight-directory": "/other",
+        "trim": 0.2,
+        "max-prefixes": 7,
+    }
     with dask.config.set({"memusage": own}):
-        settings = Settings.load({"source": "kernel", "trim": 0.2, "max-prefixes": 7})
+        settings = Settings.load(schedulers)
     assert settings.source == "polling"  # its own
+    assert settings.kernel_reset is False
+    assert settings.flight_directory == "/its/own"
     assert settings.trim == 0.2  # it has said nothing of it
     assert settings.max_prefixes == 7  # the scheduler's
     assert settings.worker_metrics == "auto"  # the scheduler has said nothing: the default

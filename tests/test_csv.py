@@ -179,6 +179,17 @@ def test_absent_values_are_empty(tmp_path: Path) -> None:
     )
 
 
+def test_a_task_that_was_killed_unseen_has_no_sizes(tmp_path: Path) -> None:
+    """Whoever takes the largest or the mean of a column does not meet a 0 that nobody measured."""
+    path = tmp_path / "full.csv"
+    csv_file = CsvFile(path, columns="full", health=Health())
+    unseen = {"start_bytes": 0, "peak_bytes": 0, "growth_bytes": None, "status": "killed"}
+    csv_file.write(RECORD._replace(**unseen, scope="shared", reason="polling"))
+    csv_file.close()
+    line = path.read_text().splitlines()[1]
+    assert line == "x-1,,,x,tcp://127.0.0.1:1,1.5,2.5,,,,shared,polling,,0,1,7,8,killed,"
+
+
 KEYS = [
     5,
     ('a,b\n"q"', 1),
@@ -330,10 +341,17 @@ def test_a_row_comes_back_as_its_record() -> None:
     assert from_row(row[:-1], RECORD.worker) == RECORD
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 4])
 def test_overlap_is_said_once(threads: int, tmp_path: Path, caplog: Any) -> None:
-    """Who writes the old columns with more than one thread a worker is told what they mean."""
-    with measured({"memusage.csv.path": str(tmp_path / "x.csv")}, threads_per_worker=threads) as it:
+    """Who writes the old columns with more than one thread a worker is told what they mean.
+
+    They are as full as ever.
+    """
+    path = tmp_path / "x.csv"
+    with measured({"memusage.csv.path": str(path)}, threads_per_worker=threads) as it:
         it.client.gather(it.client.map(tasks.array, [20] * 20, hold=0.01, pure=False))
+    sizes = [(float(row["min_memory_mb"]), float(row["max_memory_mb"])) for row in rows(path)]
+    assert len(sizes) == 20
+    assert all(20 < least <= most for least, most in sizes)
     said = [line for line in caplog.messages if "tasks overlap in a worker" in line]
     assert len(said) == (threads > 1)

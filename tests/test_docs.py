@@ -63,13 +63,24 @@ def _commands() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
 
 
+def _commands_of_docs() -> list[str]:
+    """Return what other pages tell people to run without a cluster, and the README does not."""
+    pages = "\n".join(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))
+    told = re.findall(r"^(dask memusage .*?)(?:  +#.*)?$", pages, re.MULTILINE)
+    new = dict.fromkeys(one for one in told if one not in _commands())
+    return [one for one in new if "--scheduler" not in one]
+
+
 #: Run by the developer, by CI itself or by other tests (helm); each must exist.
 _ELSEWHERE = ("git clone", "make ", "cd ", "pip install", "helm ", "python3 -m venv", ". .venv")
 
 
-@pytest.mark.parametrize("command", [c for c in _commands() if not c.startswith(_ELSEWHERE)])
+@pytest.mark.parametrize(
+    "command",
+    [one for one in (*_commands(), *_commands_of_docs()) if not one.startswith(_ELSEWHERE)],
+)
 def test_commands_of_the_readme_run(command: str, tmp_path: Path) -> None:
-    """Each command of the README exits 0, or serves our series until it is ended."""
+    """Each command of README and docs exits 0, or serves our series until it is ended."""
     variables, words = {}, shlex.split(command)
     while "=" in words[0]:
         name, value = words.pop(0).split("=", 1)

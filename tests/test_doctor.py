@@ -12,6 +12,8 @@ import pytest
 from distributed import LocalCluster
 
 from dask_memusage_exporter import install, nanny
+from dask_memusage_exporter.cli import examination
+from dask_memusage_exporter.cli.command import InputError
 from tests.conftest import page, run_cli, wait_until
 from tests.servers import Servers, free_port
 
@@ -215,9 +217,23 @@ def test_workers_that_wanted_jemalloc(servers: Servers, jemalloc: str, tmp_path:
     assert f"jemalloc on {addresses['good']}: each thread's own peak" in text
 
 
-def test_no_scheduler_there() -> None:
-    """One line, exit status 2."""
-    done = run_cli("memusage", "doctor", "--scheduler", "tcp://127.0.0.1:9")
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:9", "tls://127.0.0.1:9", "http://127.0.0.1:9", "nowhere"]
+)
+def test_no_scheduler_there(address: str) -> None:
+    """Or no address of one: one line, exit status 2."""
+    done = run_cli("memusage", "doctor", "--scheduler", address)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert "--scheduler: 'tcp://127.0.0.1:9' cannot be reached" in line
+    assert f"--scheduler: '{address}' cannot be reached" in line
+    assert "give the address that the scheduler has logged" in line
+
+
+def test_a_port_that_is_no_schedulers(
+    monkeypatch: pytest.MonkeyPatch, make_cluster: Callable[..., LocalCluster]
+) -> None:
+    """That of the dashboard, say, which takes a connection and waits: it is told so, in time."""
+    monkeypatch.setattr(examination, "CONNECT_TIMEOUT", 0.5)
+    port = make_cluster(n_workers=0).scheduler.http_server.port
+    with pytest.raises(InputError, match="what answers there is no scheduler"):
+        examination.ask(f"tcp://127.0.0.1:{port}")

@@ -246,11 +246,16 @@ def test_two_workers_in_a_process(measure: Callable[..., Measured], go: Gate, st
     # main thread does is somebody's code.
     held = cluster.client.submit(tasks.hold_until, stop.path, 200, key="stays", workers=there)
     reached(stop)
+    cluster.client.submit(tasks.array, 150, key="beside", workers=here).result()
     cluster.client.retire_workers([here])
     wait_until(lambda: len(cluster.cluster.scheduler.workers) == 1)
     stop.open()
     wait(held)
-    assert seen(record(cluster, "stays")) >= 199 * MIB
+    # What the other worker's task took meanwhile is in the process's peak, and not its own.
+    found = record(cluster, "stays")
+    assert seen(found) >= 349 * MIB
+    assert_shared(found, "overlap")
+    assert found.concurrency == record(cluster, "beside").concurrency == 2
 
 
 def test_main_thread(measure: Callable[..., Measured], go: Gate) -> None:

@@ -14,7 +14,7 @@ import dask_memusage_exporter
 from dask_memusage_exporter import MemusageNannyPlugin, nanny
 from tests import tasks
 from tests.conftest import Measured, wait_until
-from tests.test_many_threads import record, script, source
+from tests.test_many_threads import VARIABLES, added_to, record, script, source
 
 
 def pids(cluster: Any) -> set[int]:
@@ -44,10 +44,7 @@ def test_a_running_cluster(
     client.restart()
     client.wait_for_workers(2)
     assert set(client.run(malloc_of).values()) == {"jemalloc"}
-    assert not VARIABLES & (os.environ.keys() - before.keys())
-
-
-VARIABLES = {"LD_PRELOAD", "PYTHONMALLOC", "ARROW_DEFAULT_MEMORY_POOL"}
+    assert not VARIABLES & added_to(before)
 
 
 def malloc_of(dask_worker: Any) -> str:

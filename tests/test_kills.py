@@ -6,12 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dask
 import pytest
+from dask.utils import format_bytes
 from distributed import KilledWorker, get_worker
 
+from dask_memusage_exporter import flight
 from tests.conftest import Measured, Metrics, rows, scheduler_port, wait_until
 from tests.deaths import MIB, grow, hold_gil, kill_when_running, killed, nap, pids, running, settled
 
@@ -22,9 +25,16 @@ from tests.deaths import MIB, grow, hold_gil, kill_when_running, killed, nap, pi
     ids=["fast", "slow", "gil"],
 )
 def test_kill_9_names_the_task(
-    dying: Callable[..., Measured], tmp_path: Any, function: Any, arguments: Any
+    dying: Callable[..., Measured],
+    tmp_path: Any,
+    function: Any,
+    arguments: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whatever the task did until the end: its key, the cause, a row, an event, the series."""
+    """Whatever the task did until the end: its key, the cause, a row, an event, the series, a line.
+
+    The last peak that was seen is told with its age.
+    """
     measured = dying()
     events: list[Any] = []
     measured.client.subscribe_topic("memusage", events.append)
@@ -36,6 +46,7 @@ def test_kill_9_names_the_task(
     assert (record.key, record.status, record.growth_bytes) == (("job-1", 7), "killed", None)
     (row,) = rows(tmp_path / "memusage.csv")
     assert (row["task_key"], row["status"]) == ("('job-1', 7)", "killed")
+    assert row["peak_bytes"] == (str(record.peak_bytes) if record.peak_bytes else "")
     (_, event) = wait_until(lambda: events)[0]
     assert (event["key"], event["cause"], event["known_from"]) == (
         "('job-1', 7)",
@@ -48,7 +59,13 @@ def test_kill_9_names_the_task(
     if function is grow:  # the sampler could look
         peak = metrics.total("dask_scheduler_task_memory_killed_last_peak_bytes")
         assert peak > 300 * MIB
-        assert record.peak_bytes == peak
+        assert record.peak_bytes == event["peak_bytes"] == peak
+        assert 0 <= event["peak_age"] < 10
+        seen = f"{format_bytes(peak)}, {event['peak_age']:.2f} s before"
+        assert f"last seen peak of the process {seen}" in event["message"]
+    (line,) = (one for one in caplog.messages if "was killed by a signal while it ran" in one)
+    assert "task ('job-1', 7) (job)" in line
+    assert event["message"] in line
 
 
 def test_only_what_executed_is_killed(dying: Callable[..., Measured]) -> None:
@@ -75,6 +92,32 @@ def test_the_nannys_memory_kill_is_known_to_be_memory(dying: Callable[..., Measu
     (record,) = measured.records.of("hog")
     assert record.peak_bytes > 0.9 * 300 * MIB
     assert killed(measured, "hog") == 1
+
+
+#: A worker in whose cgroup nobody has been killed for memory yet.
+NO_OOM_KILLS = """
+from dask_memusage_exporter import flight
+
+flight.oom_kills = lambda: 0
+
+def dask_setup(worker):
+    pass
+"""
+
+
+def test_a_kill_that_the_cgroup_counted_is_for_memory(
+    dying: Callable[..., Measured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its nanny lives on, and sees that the kernel's count has gone up since the worker began."""
+    (tmp_path / "none_yet.py").write_text(NO_OOM_KILLS)
+    measured = dying(config={"distributed.worker.preload": [str(tmp_path / "none_yet.py")]})
+    monkeypatch.setattr(flight, "oom_kills", lambda: 1)  # here, where the nanny is
+    future = measured.client.submit(nap, 60, key="counted-0")
+    address = wait_until(lambda: running(measured, "counted"))
+    os.kill(pids(measured)[address], signal.SIGKILL)
+    wait_until(lambda: killed(measured, "counted", cause="memory") == 1)
+    assert isinstance(future.exception(), KilledWorker)
+    assert killed(measured, "counted") == 1
 
 
 def test_a_process_that_ends_itself_is_lost(dying: Callable[..., Measured]) -> None:

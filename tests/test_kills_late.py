@@ -14,7 +14,7 @@ from distributed import Client, KilledWorker, LocalCluster, get_worker
 from dask_memusage_exporter import flight, install
 from tests.conftest import Measured, Metrics, scheduler_port, wait_until
 from tests.deaths import grow, killed, nap, open_incarnations, pids, rss_mib, running, settled
-from tests.servers import Servers
+from tests.servers import Servers, free_port
 
 
 def test_what_was_measured_and_not_reported_is_counted(dying: Callable[..., Measured]) -> None:
@@ -43,19 +43,25 @@ def test_what_was_measured_and_not_reported_is_counted(dying: Callable[..., Meas
 
 
 def test_without_a_nanny_the_next_process_tells(tmp_path: Any) -> None:
-    """A container that restarts with its volume kept: nanny and worker died in one instant."""
+    """A container that restarts with its volume kept: nanny and worker died in one instant.
+
+    It comes back under its name and its address, as pods do.
+    """
     environment = {
         "DASK_MEMUSAGE__FLIGHT_DIRECTORY": str(tmp_path / "flight"),
     }
     servers = Servers(tmp_path)
+    same = ("--no-nanny", "--name", "pod", "--worker-port", str(free_port()))
     try:
-        servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
-        first = servers.worker("--no-nanny", env=environment)
+        scheduler = servers.scheduler("--preload", "dask_memusage_exporter", env=environment)
+        first = servers.worker(*same, env=environment)
+        servers.client.gather(servers.client.map(nap, [0.0] * 5, pure=False, key="before"))
         future = servers.client.submit(grow, 50, 0.0, 200, key="pod-0")
         wait_until(lambda: rss_mib(first.process.pid) > 200)
+        before = servers.addresses()
         first.process.kill()
         first.process.wait()
-        servers.worker("--no-nanny", env=environment)
+        servers.worker(*same, env=environment)
         name = "dask_scheduler_task_memory_killed_tasks_total"
 
         def told() -> bool:
@@ -63,6 +69,13 @@ def test_without_a_nanny_the_next_process_tells(tmp_path: Any) -> None:
             return metrics.total(name, task_prefix_name="pod", cause="lost") == 1
 
         wait_until(told)
+        wait_until(lambda: servers.addresses() == before)
+        metrics = Metrics.read(servers.scheduler_port)
+        counted = metrics.total("dask_scheduler_task_memory_tasks_total", task_prefix_name="before")
+        lost = metrics.total("dask_scheduler_task_memory_dropped_records_total")
+        assert counted + lost == 5
+        assert metrics.total("dask_scheduler_task_memory_errors_total") == 0
+        assert "Traceback" not in scheduler.log
         del future
     finally:
         servers.close()

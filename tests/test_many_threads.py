@@ -43,9 +43,18 @@ def on_jemalloc(config: dict[str, Any] | None = None, **options: Any) -> Iterato
     with measured(settings, n_workers=options.pop("n_workers", 1), **options) as cluster:
         (state, *_) = cluster.cluster.scheduler.workers.values()
         wait_until(lambda: source(cluster) == "jemalloc", what=f"jemalloc on {state}")
-        added = {k: v for k, v in os.environ.items() if before.get(k) != v}
-        assert not added.keys() & {"LD_PRELOAD", "PYTHONMALLOC", "ARROW_DEFAULT_MEMORY_POOL"}
+        assert not VARIABLES & added_to(before)
         yield cluster
+    # What is started from here later on is started as ever.
+    assert not VARIABLES & added_to(before)
+
+
+VARIABLES = {"LD_PRELOAD", "PYTHONMALLOC", "ARROW_DEFAULT_MEMORY_POOL"}
+
+
+def added_to(before: dict[str, str]) -> set[str]:
+    """Return the variables of this process that are not what they were."""
+    return {name for name, value in os.environ.items() if before.get(name) != value}
 
 
 def source(cluster: Measured) -> str | None:
@@ -163,6 +172,27 @@ def test_alone_and_overlapped_agree(single: Measured, many: Measured, go: Gate) 
     sizes = [record(cluster, key).growth_bytes for cluster in (single, many) for key in alone]
     assert {record(single, key).scope for key in alone} == {"thread"}
     assert max(sizes) <= min(sizes) * 1.1
+
+
+def test_something_kept(single: Measured) -> None:
+    """Each run keeps one array of those that it made: holes hide nothing of the next one."""
+    kept = []
+    for number in range(4):
+        key = f"keeping-{number}"
+        kept.append(
+            single.client.submit(tasks_blocks.allocate_and_keep, 64_000, 200 * MIB, key=key)
+        )
+        wait(kept)
+        assert_own(record(single, key), 200 * MIB)
+
+
+def test_secede_and_rejoin(many: Measured) -> None:
+    """A task that left the pool and came back has one growth over its whole time, and is alone."""
+    many.client.submit(tasks.secede_and_rejoin, 50, 80, key="rejoins-1").result()
+    many.client.submit(tasks.array, 40, key="rejoined-1").result()
+    for key, mib in (("rejoins-1", 80), ("rejoined-1", 40)):
+        assert_own(record(many, key), mib * MIB)
+        assert record(many, key).concurrency == 1
 
 
 def test_who_waits_for_its_own_tasks(many: Measured) -> None:

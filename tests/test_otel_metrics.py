@@ -183,14 +183,23 @@ def test_sums_over_instances_are_the_clusters() -> None:
     assert len({point.resource["service.instance.id"] for point in received.latest(TASKS)}) > 2
 
 
-def test_a_worker_sends_its_last_figures() -> None:
-    """Retired, its tasks are in, however long it was until the next export."""
+@pytest.mark.parametrize("end", ["retired", "lifetime"])
+def test_a_worker_sends_its_last_figures(end: str) -> None:
+    """Retired, or at the end of its lifetime: its tasks are in, however far the next export is."""
     with sending(env={"OTEL_METRIC_EXPORT_INTERVAL": "3600000"}) as (late, last):
         run(late, "last", [0] * 50)
         assert not last.points()
         wait_until(lambda: not late.cluster.scheduler.tasks, what="results to be let go")
-        late.client.retire_workers(list(late.cluster.scheduler.workers))
+        if end == "retired":
+            late.client.retire_workers(list(late.cluster.scheduler.workers))
+        else:
+            late.client.run(end_lifetime)
         wait_until(lambda: last.total(PEAK, "last") == last.total(TASKS, "last") == 50)
+
+
+def end_lifetime(dask_worker: Any) -> None:
+    """Do what the timer of ``--lifetime`` does."""
+    dask_worker.loop.add_callback(dask_worker.close_gracefully)
 
 
 @pytest.mark.ends

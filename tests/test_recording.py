@@ -19,6 +19,7 @@ from distributed import Client, KilledWorker, LocalCluster, Scheduler
 
 from dask_memusage_exporter import TaskMemory, record
 from dask_memusage_exporter.exporters.recordings import RecordingSink
+from dask_memusage_exporter.recording import Recording
 from dask_memusage_exporter.scheduler import prepare
 from tests.conftest import wait_until
 
@@ -182,6 +183,33 @@ def test_a_kill_in_the_block_is_in_its_records(
     (one,) = recording.records
     assert (one.key, one.status) == ("die-0", "killed")
     assert one.peak_bytes > 100 * MIB
+    # The last peak that was seen is not taken for the whole.
+    row = recording.by_prefix().loc["die"]
+    assert (row["tasks"], row["own_growth"], row["killed"]) == (0, 0, 1)
+    assert row[["peak_p50", "peak_p95", "peak_max", "growth_max"]].isna().all()
+
+
+def test_sizes_that_nobody_has_seen_are_unknown() -> None:
+    """A task that was killed before anybody had looked: NA and never 0, and no point of a plot."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    recording = Recording(Client)  # type: ignore[arg-type]  # it is not asked
+    done = TaskMemory(
+        "a-0", "a", "tcp://w", 1.0, 2.0, 5 * MIB, 9 * MIB, 4 * MIB, "process", None, 0, 0, 1, 0, 0,
+        "finished", None,
+    )  # fmt: skip
+    last_seen = done._replace(
+        key="a-1", peak_bytes=7 * MIB, growth_bytes=None, scope="shared", status="killed"
+    )
+    unseen = last_seen._replace(key="a-2", start_bytes=0, peak_bytes=0)
+    recording.records = [done, last_seen, unseen]
+    frame = recording.to_pandas().set_index("key")
+    assert frame.loc["a-2", ["start_bytes", "peak_bytes"]].isna().all()
+    assert frame.loc["a-1", "peak_bytes"] == 7 * MIB
+    (row,) = recording.by_prefix().to_dict("records")
+    assert (row["tasks"], row["own_growth"], row["killed"]) == (1, 1, 2)
+    assert row["peak_p50"] == row["peak_max"] == 9 * MIB
+    assert sum(len(points.get_offsets()) for points in recording.plot().collections) == 2
 
 
 def test_a_recording_waits_for_no_death_for_ever(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from dask_memusage_exporter import seam
-from tests.conftest import wait_until
+from dask_memusage_exporter import install, seam
+from tests import tasks
+from tests.conftest import Metrics, Records, scheduler_port, wait_until
 
 
 class Listener:
@@ -209,3 +211,38 @@ def test_code_on_the_event_loop() -> None:
         call = worker.handlers["actor_execute"](actor="key", function="raises", kwargs=kwargs)
         assert asyncio.run(call)["status"] == "error"
     assert raised == ["raises"] * 2
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_workers_without_the_seam(
+    known: bool, make_cluster: Any, make_client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a distributed that keeps no such dict, or keeps it elsewhere, which the first task tells.
+
+    Tasks are measured from their transitions: none is claimed to be its own, and a line says why.
+    """
+    cluster = make_cluster(processes=False)
+    client = make_client(cluster)
+    (worker,) = cluster.workers.values()
+    if known:
+        worker.active_threads = OrderedDict()
+    records = Records()
+    install(cluster)
+    cluster.scheduler.extensions["memusage"].add_sink(records)
+    install(cluster)
+    if not known:
+        worker.active_threads, worker.active_threads_lock = {}, threading.Lock()
+        client.submit(abs, -1, key="first-1").result()
+    client.submit(tasks.array, 50, key="bare-1").result()
+    assert client.submit(tasks.fail, 1, key="bare-2").exception() is not None
+    grown, failed = records.of("bare")
+    assert grown.peak_bytes - grown.start_bytes >= 49 * 2**20
+    assert (grown.status, failed.status) == ("finished", "erred")
+    for record in (grown, failed):
+        assert (record.scope, record.growth_bytes) == ("shared", None)
+    assert len(records) == 2
+    metrics = Metrics.read(scheduler_port(cluster))
+    assert metrics.total("dask_worker_task_memory_dropped_records_total") == (0 if known else 1)
+    assert metrics.total("dask_worker_task_memory_errors_total") == 0
+    (line,) = (one for one in caplog.messages if "cannot be used in this version" in one)
+    assert ("OrderedDict" if known else "none has ever been told of") in line

@@ -14,7 +14,12 @@ from distributed import Client, Event, LocalCluster
 from distributed.deploy.subprocess import SubprocessCluster
 
 import dask_memusage_exporter
-from dask_memusage_exporter import MemusageSchedulerPlugin, MemusageWorkerPlugin, install
+from dask_memusage_exporter import (
+    ConfigError,
+    MemusageSchedulerPlugin,
+    MemusageWorkerPlugin,
+    install,
+)
 from tests.conftest import (
     Measured,
     Metrics,
@@ -111,11 +116,22 @@ def test_install_on_something_else_is_a_type_error(target: object) -> None:
         install(target)
 
 
-def test_a_path_that_is_no_path_is_a_type_error(make_cluster: Any) -> None:
-    """The error comes at the call, before anything is set up."""
+def test_a_path_that_is_no_path_is_an_error(make_cluster: Any) -> None:
+    """The error comes at the call, before anything is set up; nothing is left out in silence."""
     cluster = make_cluster(**IN_PROCESS)
     with pytest.raises(TypeError, match=r"os\.PathLike"):
         install(cluster, 5)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="the CSV file cannot be written"):
+        install(cluster, "")
+    assert "memusage" not in cluster.scheduler.extensions
+
+
+def test_a_wrong_jemalloc_is_an_error(make_cluster: Any) -> None:
+    """As for the setting of that name, and no silence: neither true, nor false, nor a path."""
+    cluster = make_cluster(**IN_PROCESS)
+    for wrong in ("", " ", 1, 1.5):
+        with pytest.raises(ConfigError, match=r"memusage\.jemalloc: .* is not true, false or the"):
+            install(cluster, jemalloc=wrong)
     assert "memusage" not in cluster.scheduler.extensions
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 from distributed import Client
+from distributed.comm.core import connect
+from distributed.security import Security
 
 from dask_memusage_exporter import measure, nanny
 from dask_memusage_exporter.cli import probe
@@ -77,6 +79,7 @@ def ask(address: str) -> Cluster:
     # By value: they may lack the package.
     cloudpickle.register_pickle_by_value(probe)
     try:
+        asyncio.run(_reach(address))
         with Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False) as client:
             workers = client.run(probe.worker, on_error="ignore")
             # By name: of all, those without a nanny would be given the others' answers.
@@ -86,10 +89,25 @@ def ask(address: str) -> Cluster:
                 for worker, refusal in nannies.items():
                     workers[worker]["refusal"] = refusal
             return Cluster(address, client.run_on_scheduler(probe.scheduler), workers)
-    except (OSError, ValueError, asyncio.TimeoutError) as error:
+    except (OSError, ValueError, TypeError, asyncio.TimeoutError) as error:
         raise InputError(
             f"--scheduler: {address!r} cannot be reached ({error}); give the address that the "
             "scheduler has logged, such as tcp://127.0.0.1:8786"
         ) from None
     finally:
         cloudpickle.unregister_pickle_by_value(probe)
+
+
+async def _reach(address: str) -> None:
+    """Raise what is wrong with an address.
+
+    A Client would do so half started: it waits for itself at the end, and says so in a traceback.
+    And it waits for ever where something else answers, such as the scheduler's own HTTP server.
+    """
+    arguments = Security().get_connection_args("client")
+    connected = connect(address, timeout=CONNECT_TIMEOUT, **arguments)
+    try:
+        comm = await asyncio.wait_for(connected, CONNECT_TIMEOUT + 1)
+    except asyncio.TimeoutError:
+        raise OSError("what answers there is no scheduler") from None
+    await comm.close()

@@ -83,12 +83,12 @@ class CsvFile:
         """Take one row, if the format has one for such a record; :meth:`flush` writes it."""
         if not self._full and record.status not in _OLD_STATUSES:
             return
-        row: tuple[Any, ...] = (
-            record.key,
-            record.start_bytes / MIB,
-            record.peak_bytes / MIB,
-        )
-        self._writer.writerow(row + record[1:] if self._full else row)
+        # No process has 0 bytes: a task that was killed before anybody had looked has no sizes.
+        sizes = record.start_bytes or None, record.peak_bytes or None
+        row: tuple[Any, ...] = (record.key, *(size and size / MIB for size in sizes))
+        if self._full:
+            row += (*record[1:5], *sizes, *record[7:])
+        self._writer.writerow(row)
         self._waiting += 1
 
     def flush(self) -> None:
