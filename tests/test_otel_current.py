@@ -146,6 +146,7 @@ def test_the_sdks_span_is_made_where_somebody_asks(here: Callable[..., Here]) ->
     assert first < second
 
 
+@pytest.mark.ends
 def test_whoever_has_a_tasks_context_has_its_span(here: Callable[..., Here]) -> None:
     """Other threads at once, contexts that were made of it, and what asks when the task is over."""
     one, seen = here(), []
