@@ -29,6 +29,8 @@ class Keep:
         self._most, self._window = settings.spans_keep_largest, settings.maximum_window
         #: Whether any are left out.
         self.some = bool(self._peak or self._growth or self._most)
+        #: Whether that depends on those that came before.
+        self.compares = bool(self._most)
         self._largest: dict[tuple[str, bool], list[tuple[int, float]]] = {}
 
     def wants(self, record: TaskMemory, failure: Failure | None) -> bool:

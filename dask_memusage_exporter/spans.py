@@ -1,8 +1,10 @@
 """Task spans: one an execution, active on the task's own thread, ended with what was measured.
 
-A span is started right before the task, so that what the task's own instrumentation starts is its
-child. All that comes after the task (attributes, the exception, the span's end, which a processor
-may hold up) is for a thread of ours: neither the task's thread nor the event loop waits for it.
+A span starts right before the task, so that what the task's own instrumentation starts is its
+child. There it is no more than a note of when (see ``current``): the SDK's span is made where the
+task asks for it, else by a thread of ours, and has that time. All that comes after the task
+(attributes, the exception, the span's end, which a processor may hold up) is for that thread too:
+neither the task's thread nor the event loop waits for it.
 
 Covers: tasks on threads, coroutines, work in other processes (not active there), actors' calls.
 Does not cover: whose provider it is (``providers``), tasks that still run when a worker closes.
@@ -17,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import Token
+from time import time_ns
 from typing import Any, TypeAlias
 
 from dask.typing import Key
@@ -24,7 +27,9 @@ from distributed.utils import key_split_group
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 from opentelemetry.trace import (
+    INVALID_SPAN,
     Link,
+    Span,
     SpanContext,
     SpanKind,
     StatusCode,
@@ -39,6 +44,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from dask_memusage_exporter import __version__
 from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate, to_label
 from dask_memusage_exporter.config import Settings
+from dask_memusage_exporter.current import LazyContext
 from dask_memusage_exporter.failures import Failure, tell
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.keep import Keep, children_of
@@ -53,6 +59,8 @@ UNNAMED = "dask.task"
 
 #: Parents whose context is remembered: one a submission, and few are under way at once.
 _MOST_PARENTS = 100
+
+_NOTHING: Mapping[str, Any] = {}
 
 _PREFIX_NAME = "dask.task.prefix.name"
 
@@ -88,28 +96,47 @@ class TaskSpan:
         Who ends it, also where others have come after them.
     """
 
-    __slots__ = ("children", "done", "failure", "key", "owner", "span", "task", "token", "worker")
+    __slots__ = (
+        "annotations", "began", "children", "context", "done", "failure", "key", "made", "owner",
+        "prefix", "token", "worker",
+    )  # fmt: skip
 
-    def __init__(self, owner: Spans, span: Any, key: Key, task: Any, worker: Any) -> None:
-        self.owner, self.span = owner, span
-        self.key, self.task, self.worker = key, task, worker
-        #: What takes the span off its thread again; None: it was not put there.
+    def __init__(self, owner: Spans, key: Key, prefix: str, task: Any, worker: Any) -> None:
+        self.began = time_ns()
+        self.owner, self.key, self.prefix, self.worker = owner, key, prefix, worker
+        #: The task's; None: it is none, but an actor's call.
+        self.annotations: Mapping[str, Any] | None = (
+            None if task is None else task.annotations or _NOTHING
+        )
+        #: The SDK's span, once it is needed.
+        self.made: Span | None = None
+        #: What made it current on its thread, and takes it off again; None: it was not put there.
+        self.context: Context | None = None
         self.token: Token[Context] | None = None
         self.failure: Failure | None = None
         #: Whether another span has it as its parent.
         self.children = False
         self.done = False
 
+    def span(self) -> Span:
+        """Return the SDK's span, made where it is not there yet. On any thread; never raises."""
+        made = self.made
+        if made is None:
+            with self.owner.making:
+                made = self.owner.make(self) if self.made is None else self.made
+        return made
+
     def leave(self) -> None:
         """Take it off this thread again, where :meth:`Spans.enter` was called."""
         token, self.token = self.token, None
+        self.context = None  # which holds on to this one
         if token is not None:
             otel_context.detach(token)
 
     def leave_coroutine(self) -> None:
         """Take it off a coroutine's own context, which ends with the coroutine in any case."""
         # One that is never finished is closed by the garbage collector, wherever that runs.
-        if get_current_span() is self.span:
+        if otel_context.get_current() is self.context:
             self.leave()
 
     def fail(self, error: Any, text: str = "", traceback: str = "") -> None:
@@ -162,14 +189,16 @@ class Spans:
         self._task_key = settings.spans_task_key
         self._keep = Keep(settings)
         self._watch = children_of(provider) if self._keep.some else None
-        # Samplers and an application's processors may look at it; the standard samplers do not, and
-        # attributes are a fifth of what it takes to start a span.
+        # Whether the SDK's span is made before its task, with what is known then: an application's
+        # processors may look at both, and other samplers than the standard ones.
         self._early = guest or os.environ.get("OTEL_TRACES_SAMPLER", "") not in _SAMPLERS
         self._names: dict[str, tuple[str, str]] = {}
         self._parents: OrderedDict[tuple[str, str], Context] = OrderedDict()
         # As many wait as the SDK lets wait, for a processor that holds them up.
-        most = queue_size()
-        self._waiting: queue.Queue[_Waiting | None] = queue.Queue(most)
+        self._most = queue_size()
+        self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        #: Held while the SDK's span of a task is made.
+        self.making = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._end_all, name="memusage-spans", daemon=True)
         self._thread.start()
@@ -188,19 +217,53 @@ class Spans:
         """
         if os.getpid() != self._pid:
             return None
-        annotations = getattr(task, "annotations", None) or {}
-        name, label = self._names.get(prefix) or self._name(prefix)
-        span = self._tracer.start_span(
+        one = TaskSpan(self, key, prefix, task, worker)
+        if self._early:
+            self.make(one)
+        return one
+
+    def enter(self, one: TaskSpan) -> None:
+        """Make it the current span of this thread."""
+        one.context = (
+            LazyContext(one.span) if one.made is None else set_span_in_context(one.made, Context())
+        )
+        one.token = otel_context.attach(one.context)
+
+    def clear(self) -> None:
+        """Let nothing be current on this thread, where a span was never taken off."""
+        otel_context.attach(Context())
+
+    # -- wherever the SDK's span is first needed -----------------------------------------
+
+    def make(self, one: TaskSpan) -> Span:
+        """Start the SDK's span, as of when the task began. Never raises."""
+        # What the SDK says or counts meanwhile is in no span, least of all in this one.
+        token = otel_context.attach(Context())
+        try:
+            span = self._started(one)
+        except Exception as error:
+            self.health.error("export", error)
+            span = INVALID_SPAN
+        finally:
+            otel_context.detach(token)
+        if self._watch is not None:
+            self._watch.open[span.get_span_context().span_id] = one
+        one.made = span
+        if one.done:  # before anybody asked
+            self._unwatch(one)
+        return span
+
+    def _started(self, one: TaskSpan) -> Span:
+        annotations = one.annotations or _NOTHING
+        name, label = self._names.get(one.prefix) or self._name(one.prefix)
+        return self._tracer.start_span(
             name,
             self._parent(annotations, "traceparent"),
             SpanKind.CONSUMER,
             {_PREFIX_NAME: label} if self._early else None,  # all else at the end
             self._links(annotations) if LINK in annotations else None,
+            one.began,
         )
-        one = TaskSpan(self, span, key, task, worker)
-        if self._watch is not None:
-            self._watch.open[span.get_span_context().span_id] = one
-        return one
 
     def _name(self, prefix: str) -> tuple[str, str]:
         """Return the name of a prefix's spans and the prefix as an attribute, and remember them."""
@@ -210,14 +273,6 @@ class Spans:
             self._names.clear()
         self._names[prefix] = known
         return known
-
-    def enter(self, one: TaskSpan) -> None:
-        """Make it the current span of this thread."""
-        one.token = otel_context.attach(set_span_in_context(one.span, Context()))
-
-    def clear(self) -> None:
-        """Let nothing be current on this thread, where a span was never taken off."""
-        otel_context.attach(Context())
 
     def _links(self, annotations: Mapping[str, Any]) -> list[Link] | None:
         linked = get_current_span(self._parent(annotations, LINK)).get_span_context()
@@ -250,29 +305,37 @@ class Spans:
         if one.done:
             return
         self._forget(one)
-        if not one.span.is_recording():
-            return  # not sampled
-        try:
-            if self._closed:
-                raise queue.Full
-            self._waiting.put_nowait((one, record, kept))
-        except queue.Full:
-            self.health.drop("span_export")
+        if one.made is not None and not one.made.is_recording():
+            return  # not sampled, or ended by the task itself
+        if self._has_room():
+            self._waiting.put((one, record, kept))
+        else:
+            self._lose(one)
 
     def drop(self, one: TaskSpan) -> None:
         """Leave it out, later and elsewhere. Never raises, never waits."""
         if one.done:
             return
         self._forget(one)
-        if self._guest and not self._closed:
-            with suppress(queue.Full):
-                self._waiting.put_nowait((one, None, None))
+        if self._guest and self._has_room():
+            self._waiting.put((one, None, None))
+
+    def _has_room(self) -> bool:
+        return not self._closed and self._waiting.qsize() < self._most
+
+    def _lose(self, one: TaskSpan) -> None:
+        if one.span().is_recording():  # else nobody would have had it
+            self.health.drop("span_export")
 
     def _forget(self, one: TaskSpan) -> None:
         """Wait for it no longer."""
         one.done = True
-        if self._watch is not None:
-            self._watch.open.pop(one.span.get_span_context().span_id, None)
+        if one.made is not None:
+            self._unwatch(one)
+
+    def _unwatch(self, one: TaskSpan) -> None:
+        if self._watch is not None and one.made is not None:
+            self._watch.open.pop(one.made.get_span_context().span_id, None)
 
     # -- the end -------------------------------------------------------------------------
 
@@ -288,10 +351,9 @@ class Spans:
         self._closed = True
         with suppress(queue.Empty):
             while True:
-                if self._waiting.get_nowait() is not None:
-                    self.health.drop("span_export")
-        with suppress(queue.Full):
-            self._waiting.put_nowait(None)  # for the thread, if it ever comes back
+                if (waiting := self._waiting.get_nowait()) is not None:
+                    self._lose(waiting[0])
+        self._waiting.put(None)  # for the thread, if it ever comes back
 
     def _end_all(self) -> None:
         while (waiting := self._waiting.get()) is not None:
@@ -304,9 +366,12 @@ class Spans:
             except Exception as error:
                 self.health.drop("span_export")
                 self.health.error("export", error)
-            del waiting, one  # they hold the task's exception
+            one.failure = None  # a context of the task's may hold on to its span
+            del waiting, one
 
     def _is_kept(self, one: TaskSpan, record: TaskMemory) -> bool:
+        if self._keep.compares and not one.span().is_recording():
+            return False  # it takes no other's place
         # Without a look at every span that starts nobody knows which are parents: then all stay.
         unsure = self._keep.some and self._watch is None
         return self._keep.wants(record, one.failure) or one.children or unsure
@@ -317,21 +382,26 @@ class Spans:
         As one that is recorded and not sampled, of which the specification says that processors
         receive it and exporters do not: https://opentelemetry.io/docs/specs/otel/trace/sdk/#sampling
         """
-        context: SpanContext = one.span.get_span_context()
+        if not self._guest:
+            return
+        span: Any = one.span()
+        context: SpanContext = span.get_span_context()
         # A sampler says so at a span's start, and nothing public says it later; another SDK's span
         # stays open.
-        if not self._guest or getattr(one.span, "_context", None) is not context:
+        if getattr(span, "_context", None) is not context:
             return
         if record is not None:
-            one.span.set_attributes(self._attributes(one, record))
+            span.set_attributes(self._attributes(one, record))
         flags = TraceFlags(context.trace_flags & ~TraceFlags.SAMPLED)
-        one.span._context = SpanContext(
+        span._context = SpanContext(
             context.trace_id, context.span_id, context.is_remote, flags, context.trace_state
         )
-        one.span.end(None if record is None else int(record.stop * 1e9))
+        span.end(None if record is None else int(record.stop * 1e9))
 
     def _end(self, one: TaskSpan, record: TaskMemory, kept: Kept | None) -> None:
-        span = one.span
+        span = one.span()
+        if not span.is_recording():
+            return
         span.set_attributes(self._attributes(one, record))
         stop = int(record.stop * 1e9)
         if one.failure is not None:
@@ -348,12 +418,12 @@ class Spans:
                 self.health.error("export", error)
 
     def _attributes(self, one: TaskSpan, record: TaskMemory) -> dict[str, Any]:
-        annotations = getattr(one.task, "annotations", None) or {}
-        of_span = annotations.get("span")
+        is_task = one.annotations is not None
+        of_span = (one.annotations or _NOTHING).get("span")
         attributes = {
             _PREFIX_NAME: to_label(record.task_prefix),
             "dask.task.key": to_label(str(one.key)) if self._task_key else None,
-            "dask.task.group.name": to_label(str(key_split_group(one.key))) if one.task else None,
+            "dask.task.group.name": to_label(str(key_split_group(one.key))) if is_task else None,
             "dask.task.memory.peak": record.peak_bytes or None,
             "dask.task.memory.growth": record.growth_bytes,
             "dask.task.memory.start": record.start_bytes or None,

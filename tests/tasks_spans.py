@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from typing import Any
 
@@ -17,6 +18,39 @@ def current_span() -> tuple[int, int]:
 
     context = trace.get_current_span().get_span_context()
     return context.trace_id, context.span_id
+
+
+def tells_its_span() -> str:
+    """Say something on the current span, as instrumented code does; return its id."""
+    from opentelemetry import trace
+
+    span = trace.get_current_span()
+    assert span.is_recording()
+    span.set_attribute("rows", 7)
+    span.add_event("read")
+    span.update_name("told")
+    return trace.format_span_id(span.get_span_context().span_id)
+
+
+def ends_its_span() -> None:
+    from opentelemetry import trace
+
+    trace.get_current_span().end()
+
+
+def current_in_fork() -> tuple[str, str]:
+    """Return the current span's id, as a forked child has it and as it is here."""
+    from opentelemetry import trace
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, trace.format_span_id(current_span()[1]).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    with open(read, "rb") as pipe:
+        os.close(write)
+        return pipe.read().decode(), trace.format_span_id(current_span()[1])
 
 
 def starts_child(name: str) -> None:
