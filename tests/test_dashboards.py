@@ -268,7 +268,6 @@ def test_another_namespace_is_followed_everywhere(namespace: str) -> None:
         assert all(
             name.startswith((f"{start}scheduler_", f"{start}worker_")) for name in names(dashboard)
         )
-    assert dashboards("otlp", "acme") == dashboards("otlp")
 
 
 def test_another_namespace_is_what_a_cluster_shows(tmp_path: Path) -> None:
