@@ -73,7 +73,8 @@ def variables(what: Dashboard, flavour: Flavour) -> Iterator[Builder[model.Varia
         largest = expand(f"sort_desc(max by (task_prefix_name) ({_LARGEST}))", flavour)
         prefix = _query("prefix", "Task prefix", about, f"query_result({largest})")
         yield (
-            prefix.regex(f'/{label}="([^"]+)"/')
+            # Grafana's text of a series has no escapes; nothing behind the label has a quote.
+            prefix.regex(rf'/{label}="([\s\S]+)"/')
             .sort(model.VariableSort.DISABLED)
             .multi(False)
             .include_all(False)

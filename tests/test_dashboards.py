@@ -190,8 +190,9 @@ def test_prefixes_lead_to_their_dashboard() -> None:
         if one["id"] == "links"
     ]
     urls = dict(links)
-    assert 'var-prefix=${__data.fields["Task prefix"]}' in urls["Task prefixes by cost"]
-    assert "var-prefix=${__field.labels.task_prefix_name}" in urls["Largest peak by prefix"]
+    row, line = '__data.fields["Task prefix"]', "__field.labels.task_prefix_name"
+    assert f"var-prefix=${{{row}:percentencode}}" in urls["Task prefixes by cost"]
+    assert f"var-prefix=${{{line}:percentencode}}" in urls["Largest peak by prefix"]
 
 
 def test_the_histograms_of_a_prefix_show_exemplars() -> None:

@@ -30,6 +30,9 @@ MIB = 2**20
 #: What the scrape configuration puts on.
 LABELS = {"namespace": "data", "dask_cluster": "nightly"}
 
+#: A kind of task whose name has what strings and patterns of PromQL are written with.
+ODD = 'its "x\\y" isn\'t (a+b|c)*\nz/%&'
+
 #: Of the example; the last has what the first drops then.
 EXAMPLE_JOBS = ("dask-scheduler", "dask-worker", "dask-exemplars")
 
@@ -108,6 +111,7 @@ def submit(servers: Servers, number: int, sizes: list[int]) -> None:
         # More than a worker's target: some of it is spilled.
         for i in range(3):
             done.append(client.submit(block, 60, key=f"kept-{number}-{name}-{i}", **here))
+        done.append(client.submit(tasks.nothing, key=f"{ODD}-{number}-{name}", **here))
     # The first to come have a label, on each worker by itself.
     wait(done)
     done += [client.submit(tasks.nothing, key=f"other_{i}-{number}") for i in range(6)]
@@ -276,6 +280,24 @@ def test_what_is_chosen_is_shown(job: Job) -> None:
         assert {"block", "kept"} & set(others)
     assert job.otlp.variable(OTLP["overview"], "namespace") == ["data"]
     assert job.otlp.variable(OTLP["overview"], "dask_cluster") == ["nightly"]
+
+
+@pytest.mark.parametrize("whose", ["labelled", "alone", "otlp"])
+def test_a_prefix_may_have_any_name(job: Job, whose: str) -> None:
+    """Quotes, backslashes and patterns in it: it has its page, and its row where it is chosen."""
+    look, shown = getattr(job, whose), OTLP if whose == "otlp" else SCRAPE
+    look.values = {}
+    assert ODD in look.variable(shown["overview"], "prefix")
+    assert ODD in look.variable(shown["prefix"], "prefix")
+    for look.values in ({"prefix": [ODD]}, {"prefix": [ODD, "load"]}):
+        counted = look.column(shown["overview"], "Task prefixes by cost", "Tasks")
+        assert set(counted) == set(look.values["prefix"])
+    look.values = {"prefix": ODD}
+    measured = look.column(shown["prefix"], "Tasks measured")
+    assert measured == {ODD: sum(row["task_prefix"] == ODD for row in job.after)}
+    assert "peak, mean" in look.column(
+        shown["prefix"], "Before and in the time range", "In the time range"
+    )
 
 
 def test_the_example_with_all_its_jobs(job: Job) -> None:
