@@ -32,6 +32,7 @@ BESIDE: Thresholds = tuple((None if at is None else 1 + at, color) for at, color
 OF_KNOWN: Thresholds = ((None, "orange"), (0.5, "green"))
 OF_SHARED: Thresholds = ((None, "green"), (0.5, "orange"), (0.9, "red"))
 PLAIN: Thresholds = ((None, "text"),)
+ALL_RED: Thresholds = ((None, "red"),)
 
 #: What tables by prefix are by: the label, and its column's title.
 PREFIX = ("task_prefix_name", "Task prefix")
@@ -48,6 +49,8 @@ class Query(NamedTuple):
     exemplar: bool = False
     #: Of a line that is a border: dashed and red.
     border: bool = False
+    #: Of tasks that were killed: red, and points among lines.
+    killed: bool = False
 
 
 class Stat(NamedTuple):

@@ -79,10 +79,10 @@ STATS = Row(
         ),
         Stat(
             "Max of limit",
-            """How near the limit of its workers the largest peak of those that ended came. Dask
-            pauses a worker at 80 % and kills it at 95 %: from orange on make chunks smaller, or
-            workers larger.""",
-            (Query(OF_THE_LIMIT),),
+            """How near the limit of its workers the largest peak of those that ended came, and in red
+            how near a killed one was when it was last seen: at least that. Dask pauses a worker at
+            80 % and kills it at 95 %: from orange on make chunks smaller, or workers larger.""",
+            (Query(OF_THE_LIMIT, "ended"), killed.BESIDE_SHARES),
             "percentunit",
             OF_LIMIT,
             no_value="no limit",
@@ -153,13 +153,15 @@ SPREAD = Row(
             "Peaks: p50, p95, mean, maximum",
             """Mean and maximum are exact, quantiles are estimates within their bucket (at most
             half too high or a third too low). Diamonds open the trace of a task. Maximum far above
-            p95: a few inputs are much larger than the rest; split those.""",
+            p95: a few inputs are much larger than the rest; split those. Red points are killed
+            tasks, at least so high, and in none of the lines.""",
             (
                 Query(quantile(0.5, PEAK, "gained", ""), "p50 (estimate)", exemplar=True),
                 Query(quantile(0.95, PEAK, "gained", ""), "p95 (estimate)", exemplar=True),
                 Query(mean(PEAK, "gained", ""), "mean"),
                 Query(f"max({_MAX})", "maximum of the last minutes"),
                 Query("min(<task_memory_worker_limit_bytes>)", "worker limit", border=True),
+                killed.BESIDE_LINES,
             ),
         ),
         Lines(

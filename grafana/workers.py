@@ -47,10 +47,10 @@ STATS = Row(
         ),
         Stat(
             "Peak of limit",
-            """How near the limit the largest peak of a task that ended came; how high killed ones
-            were stands below. Dask pauses a worker at 80 % and kills it at 95 %. From orange on
-            look below whose it is.""",
-            (Query(f"max({OF_THE_LIMIT})"),),
+            """How near the limit the largest peak of a task that ended came, and in red how near a
+            killed one was when it was last seen: at least that. Dask pauses a worker at 80 % and
+            kills it at 95 %. From orange on look below whose it is.""",
+            (Query(f"max({OF_THE_LIMIT})", "ended"), killed.BESIDE_SHARES),
             "percentunit",
             OF_LIMIT,
             no_value="no limit",
@@ -82,10 +82,12 @@ CLUSTER = Row(
         Lines(
             "Task peaks and the worker limit",
             """The largest peak of each kind of task in the last minutes, below the smallest worker
-            limit (dashed). A line that met the limit when a worker died is the one to look at.""",
+            limit (dashed). Red points are killed tasks, as high as they were last seen: at least
+            that. They are in no line, and they are the ones to look at.""",
             (
                 Query(by_prefix("max", _MAX), "{{task_prefix_name}}"),
                 Query(f"min({_LIMIT})", "worker limit", border=True),
+                killed.BESIDE_LINES,
             ),
             drill=True,
         ),

@@ -80,6 +80,8 @@ class Job(NamedTuple):
     #: Rows of the time range; before it there was a smaller job.
     after: list[dict[str, str]]
     before: list[dict[str, str]]
+    #: The row of the task that was killed in the time range.
+    killed: dict[str, str]
     #: Names of both workers.
     workers: set[str]
 
@@ -209,7 +211,9 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
             wait_until(lambda: one.query(killed) == [1], what="the kill")  # noqa: B023
         wait_until(lambda: store.query(killed.replace("cause", "dask_task_kill_cause")) == [1])
         wait_until(lambda: full.query("sum(dask_scheduler_task_memory_workers)") == [2])
+        wait_until(lambda: any(row["status"] == "killed" for row in rows(csv)), what="its row")
         finished = [row for row in rows(csv) if row["status"] != "killed"]
+        (died,) = (row for row in rows(csv) if row["status"] == "killed")
 
         def looks() -> list[DataSource]:
             """Return what was there at a time when no scrape had failed; the range so far."""
@@ -224,7 +228,8 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
             whole = [len(one) for one in scraped] == [2, 1, 3]
             return asked if whole else []
 
-        yield Job(*wait_until(looks, timeout=60), finished[first:], finished[:first], workers)
+        looked = wait_until(looks, timeout=60)
+        yield Job(*looked, finished[first:], finished[:first], died, workers)
 
 
 def empty(look: DataSource, shown: dict[str, Any], **values: Any) -> list[str]:
@@ -350,12 +355,23 @@ def test_panels_say_what_the_csv_says(job: Job, whose: str) -> None:
     assert costs("Mean growth") == pytest.approx(sum(growths) / len(growths))
     assert costs("Growth known") == pytest.approx(len(growths) / len(load))
     assert costs("Max of limit") == pytest.approx(max(peaks) / 2**30)
-    assert look.column(overview, "Headroom") == {"": 2**30 - max(peaks)}
+    assert look.column(overview, "Headroom", "ended") == {"": 2**30 - max(peaks)}
     for share, name in ((0.5, "p50 peak (est.)"), (0.95, "p95 peak (est.)")):
         low, high = bucket(peaks[math.ceil(share * len(peaks)) - 1])
         assert low <= costs(name) <= high, name
     assert costs("Killed") == 1
     assert look.column(overview, "Tasks killed") == {"": 1}
+
+    # How high the killed one was when last seen is beside what is known of those that ended.
+    (last,) = look.column(overview, "Post-mortem: killed tasks by prefix", "Last peak").values()
+    assert last == int(job.killed["peak_bytes"]) > 150 * MIB
+    share = last / 2**30
+    assert costs("Killed, of limit") == pytest.approx(share)
+    at_least = look.column(overview, "Peak of limit", "killed, at least")
+    assert at_least == {"": pytest.approx(share)}
+    assert look.column(overview, "Headroom", "killed, at most") == {"": 2**30 - last}
+    (points,) = (one for one in targets(overview) if one.name.endswith("}} killed, at least"))
+    assert [values for _, values in look.run(overview, points)] == [[last]]
 
     # The job before the range is the baseline, and nothing of the range is in it.
     earlier = [int(row["peak_bytes"]) for row in job.before if row["task_prefix"] == "load"]
