@@ -133,8 +133,8 @@ class Factory:
                 description=re.sub(r"\s+Empty:.*", "", one.description, flags=re.DOTALL),
             )
         if isinstance(one, Heatmap):
-            buckets = promql.gained(f"<{one.histogram}_bucket>")
-            asked = self._queries([Query(f"sum by (le) ({buckets})", "{{le}}", one.exemplar)])
+            spread = promql.spread(one.histogram)
+            asked = self._queries([Query(spread, "{{le}}", one.exemplar)])
         elif isinstance(one, Table):
             asked = self._queries([Query(column.expr) for column in one.columns])
         else:

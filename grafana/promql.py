@@ -45,6 +45,36 @@ def by_prefix(function: str, series: str) -> str:
     return f"{function} by (task_prefix_name) ({series})"
 
 
+def spread(histogram: str) -> str:
+    """Return how many tasks each step had in each bucket, of those buckets that are in use.
+
+    These are in one piece, from the empty one below the smallest value to that of the largest, for
+    Grafana counts a bucket's tasks from the one before it. Which they are is the same for all steps:
+    empty means so at every scrape of the range.
+    """
+
+    def seen(function: str, more: str = "") -> str:
+        range_ = f"<{histogram}_bucket{more}>[$__range] @ end()"
+        return f"sum by (le) ({function}({range_}))"
+
+    samples, finite = seen("sum_over_time"), '{le!="+Inf"}'
+    # PromQL computes with values only. What a histogram of one bucket alone ends with is its bound.
+    one = f'label_join({seen("present_over_time", finite)}, "bound", "", "le")'
+    closed = f'({one} or label_replace({one}, "le", "+Inf", "", ""))'
+    bounds = f'label_join(histogram_quantile(1, {closed}), "le", "", "bound")'
+    # Between values, as what is interpolated is rounded.
+    smallest = f"0.999 * scalar(histogram_quantile(1e-9, {samples}))"
+    largest = f"1.001 * scalar(histogram_quantile(1, {samples}))"
+    beyond = (
+        f"""{seen("sum_over_time", '{le="+Inf"}')} > """
+        f"scalar(max({seen('sum_over_time', finite)}))"
+    )
+    return (
+        f"sum by (le) ({gained(f'<{histogram}_bucket>')}) "
+        f"and on (le) ({bounds} >= {smallest} <= {largest} or {beyond})"
+    )
+
+
 def mean(histogram: str, over: str = "in_range", by: str = "task_prefix_name") -> str:
     """Return the exact mean of a histogram.
 

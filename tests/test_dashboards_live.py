@@ -383,11 +383,13 @@ def test_panels_say_what_the_csv_says(job: Job, whose: str) -> None:
 
     # Each task is in one cell of the heatmap.
     (cells,) = (one for one in targets(overview) if one.kind == "heatmap")
+    by_bound = {float(labels["le"]): values for labels, values in look.run(overview, cells)}
     # The first step is from before the range.
-    (total,) = (
-        sum(values[1:]) for labels, values in look.run(overview, cells) if labels["le"] == "+Inf"
-    )
-    assert total == len(job.after)
+    assert sum(by_bound[max(by_bound)][1:]) == len(job.after)
+    # Rows are those in use: from the bucket below the smallest peak to that of the largest.
+    every = [int(row["peak_bytes"]) for row in (*job.before, *job.after)]
+    assert max(by_bound) == bucket(max(every))[1]
+    assert min(by_bound) == bucket(min(every))[0]
 
     # One prefix on its own page says the same.
     look.values = {"prefix": "load"}
