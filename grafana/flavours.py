@@ -47,7 +47,7 @@ class Flavour(NamedTuple):
     title: str
     #: Dashboard variables and the labels that they select by.
     selectors: Mapping[str, str]
-    #: What a scheduler's series and the limit of its workers have in common, ``<cluster>`` in queries.
+    #: ``<cluster>`` in queries: what a scheduler's series and its workers' limits have in common.
     cluster: str
     #: Other names of labels.
     labels: Mapping[str, str]

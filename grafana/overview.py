@@ -175,9 +175,7 @@ COSTS = Row(
                 Column("Mean growth", mean(GROWTH), "bytes"),
                 Column("Growth known", KNOWN, "percentunit", decimals=0),
                 Column("Killed", _KILLED, thresholds=NONE_IS_GOOD, decimals=0),
-                Column(
-                    "Killed, of limit", killed.OF_THE_LIMIT, "percentunit", ALL_RED, decimals=0
-                ),
+                Column("Killed, of limit", killed.OF_THE_LIMIT, "percentunit", ALL_RED, decimals=0),
             ),
             ("Memory x time", "Max peak"),
         ),
@@ -198,7 +196,7 @@ OVER_TIME = Row(
             "Largest peak by prefix",
             """The largest peak of the last minutes (memusage.maximum-window), exact, below the
             smallest worker limit (dashed). A line that climbs towards it will be killed: click it
-            for its own dashboard. Red points are killed tasks, at least so high, and in no line.""",
+            for its own dashboard. Red points are killed tasks, at least so high, in no line.""",
             (
                 Query(by_prefix("max", _MAX), "{{task_prefix_name}}"),
                 Query(f"min({_LIMIT})", "worker limit", border=True),

@@ -79,9 +79,9 @@ STATS = Row(
         ),
         Stat(
             "Max of limit",
-            """How near the limit of its workers the largest peak of those that ended came, and in red
-            how near a killed one was when it was last seen: at least that. Dask pauses a worker at
-            80 % and kills it at 95 %: from orange on make chunks smaller, or workers larger.""",
+            """How near the limit of its workers the largest peak of those that ended came, and in
+            red how near a killed one was when it was last seen: at least that. Dask pauses a worker
+            at 80 % and kills it at 95 %: from orange on make chunks smaller, or workers larger.""",
             (Query(OF_THE_LIMIT, "ended"), killed.BESIDE_SHARES),
             "percentunit",
             OF_LIMIT,

@@ -48,9 +48,9 @@ def by_prefix(function: str, series: str) -> str:
 def spread(histogram: str) -> str:
     """Return how many tasks each step had in each bucket, of those buckets that are in use.
 
-    These are in one piece, from the empty one below the smallest value to that of the largest, for
-    Grafana counts a bucket's tasks from the one before it. Which they are is the same for all steps:
-    empty means so at every scrape of the range.
+    These are in one piece, from the empty one below the smallest value to that of the largest:
+    Grafana counts a bucket's tasks from the one before it. Which they are is the same for all
+    steps: one is empty that was so at every scrape of the range.
     """
 
     def seen(function: str, more: str = "") -> str:

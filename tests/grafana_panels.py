@@ -154,8 +154,8 @@ class DataSource:
     def _value(self, variable: Mapping[str, Any], form: str | None) -> str:
         """Return a variable's value as Grafana formats it, by default or in the form that is named.
 
-        See ``formatRegistry.ts`` of Grafana's library scenes, and ``escaping.ts`` of its data source,
-        which is in charge where no form is named; here without its feature toggle.
+        See ``formatRegistry.ts`` of Grafana's library scenes, and ``escaping.ts`` of its data
+        source for where no form is named; here without its feature toggle.
         """
         given = self.values.get(variable["name"])
         if given is None:

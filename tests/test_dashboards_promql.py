@@ -105,9 +105,7 @@ SPREADS = {
 
 @pytest.mark.component("promtool")
 @pytest.mark.parametrize("case", SPREADS)
-def test_buckets_that_are_shown(
-    component: Callable[[str], str], tmp_path: Path, case: str
-) -> None:
+def test_buckets_that_are_shown(component: Callable[[str], str], tmp_path: Path, case: str) -> None:
     """Those in use in one piece, with the empty one below them; each task stays in its own."""
     tasks, expected = SPREADS[case]
     total, shown = 0, {}

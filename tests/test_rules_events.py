@@ -74,6 +74,7 @@ def test_the_first_kill_fires(promtool: Callable[..., Promtool]) -> None:
     scrapes.add("task_memory_worker_limit_bytes", [8 * GIB] * 40)
     scrapes.add("task_memory_peak_maximum_bytes", [4 * GIB] * 40, task_prefix_name="known")
     fires = {"9m": [], "11m": ["known", "once"], "69m": ["known", "once"], "71m": []}
+    none: dict[str, list[str]] = {time: [] for time in fires}
     once, known = (
         says(
             FOR_MEMORY, "12m",
@@ -88,11 +89,7 @@ def test_the_first_kill_fires(promtool: Callable[..., Promtool]) -> None:
     once["exp_alerts"] += known["exp_alerts"]
     promtool().check(
         scrapes, every="1m",
-        firing={
-            FOR_MEMORY: fires,
-            **dict.fromkeys((KILLED, NEAR_LIMIT), {time: [] for time in fires}),
-        },
-        texts=[once],
+        firing={FOR_MEMORY: fires, KILLED: none, NEAR_LIMIT: none}, texts=[once],
     )  # fmt: skip
 
 
