@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.panels import NONE_IS_GOOD, PREFIX, Column, Lines, Query, Table
+from grafana.panels import COUNT, NONE_IS_GOOD, PREFIX, Column, Lines, Query, Table
 from grafana.promql import by_prefix, gained, in_range
 
 _KILLED = "task_memory_killed_tasks_total"
@@ -22,15 +22,15 @@ def _peaks(window: str, counted: str) -> str:
 
 #: At least so high were killed tasks of the time range; what they would have needed nobody knows.
 _PEAKS = _peaks("$__range", in_range(f"<{_KILLED}>"))
-_LIMITS = f"min by (<cluster>) (last_over_time({_LIMIT}[$__range]))"
 #: As a share of their cluster's limit.
-OF_THE_LIMIT = by_prefix("max", f"{_PEAKS} / on (<cluster>) group_left () {_LIMITS}")
-#: How much they left at the most.
-_LEFT = f"min({_LIMITS} - on (<cluster>) group_right () {_PEAKS})"
+OF_THE_LIMIT = by_prefix(
+    "max",
+    f"{_PEAKS} / on (<cluster>) group_left () "
+    f"min by (<cluster>) (last_over_time({_LIMIT}[$__range]))",
+)
 
 #: Beside panels that tell of peaks of tasks that ended.
 BESIDE_SHARES = Query(f"max({OF_THE_LIMIT})", "killed, at least", killed=True)
-BESIDE_HEADROOM = Query(_LEFT, "killed, at most", killed=True)
 BESIDE_LINES = Query(
     by_prefix("max", _peaks("$__interval", gained(f"<{_KILLED}>"))),
     "{{task_prefix_name}} killed, at least",
@@ -87,7 +87,7 @@ OVER_TIME = Lines(
     task is tried again on one worker after the other; cancel it. Worker processes that end in
     order, or are scaled down, are not here.""",
     (Query(f"sum by (cause) ({gained(f'<{_KILLED}>')})", "{{cause}}"),),
-    "short",
+    COUNT,
     bars=True,
     no_value="none was killed",
     width=10,

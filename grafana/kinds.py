@@ -17,7 +17,17 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import heatmap as heat
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from grafana.panels import Column, Heatmap, Lines, Panel, Query, Stat, Table, Thresholds
+from grafana.panels import (
+    COUNT,
+    Column,
+    Heatmap,
+    Lines,
+    Panel,
+    Query,
+    Stat,
+    Table,
+    Thresholds,
+)
 from grafana.variables import DATASOURCE
 
 _RED: Mapping[str, object] = {"color": {"mode": "fixed", "fixedColor": "red"}}
@@ -62,6 +72,8 @@ def stat(one: Stat, queries: Sequence[Asked]) -> Any:
         panel.decimals(one.decimals)
     for asked in queries:
         if asked.query.killed:
+            # One above the other: side by side there is no room for their names.
+            panel.orientation(options.VizOrientation.HORIZONTAL)
             panel.override_by_query(asked.letter, _properties(_RED))
     return _named(panel, one)
 
@@ -95,6 +107,9 @@ def lines(one: Lines, queries: Sequence[Asked], link: Link | None) -> Any:
     )
     if one.maximum is not None:
         panel.max(one.maximum)
+    decimals = 0 if one.unit == COUNT else one.decimals
+    if decimals is not None:
+        panel.decimals(decimals)
     if one.bars:
         panel.draw_style(options.GraphDrawStyle.BARS).fill_opacity(80).line_width(0)
         panel.stacking(common.StackingConfig().mode(options.StackingMode.NORMAL))

@@ -6,6 +6,7 @@ from grafana import killed
 from grafana.panels import (
     ALL_RED,
     CHANGE,
+    COUNT,
     NONE_IS_GOOD,
     OF_KNOWN,
     OF_LIMIT,
@@ -88,10 +89,9 @@ STATS = Row(
             "Headroom",
             """What the largest peak left below the limit of its workers, at the least. Little or
             below zero: the next larger input is killed. Give workers more memory or fewer threads,
-            or make chunks smaller. Take memory away from workers only by this, and never where a
-            second number stands in red: what killed tasks had left when they were last seen, at the
-            most; they needed more.""",
-            (Query(f"min({_HEADROOM})", "ended"), killed.BESIDE_HEADROOM),
+            or make chunks smaller. Take memory away from workers only by this, and only where no
+            task was killed: killed ones left none, and stand in red beside it.""",
+            (Query(f"min({_HEADROOM})"),),
             "bytes",
             no_value="no limit",
             width=3,
@@ -154,10 +154,10 @@ COSTS = Row(
             """A row a kind of task; click it for its own dashboard. Memory x time is the mean peak
             times the time on threads, what an otherwise empty worker of one thread would be billed.
             Means and maximum are exact, of tasks that ended; p50 and p95 are estimates within their
-            bucket (at most half too high or a third too low). Mean growth is of those tasks whose
-            growth is known. Killed, of limit: how near it killed ones were when last seen, at least
-            that. Begin with the top row: smaller chunks there save most. __overflow__
-            stands for all prefixes beyond memusage.max-prefixes.""",
+            bucket (at most half too high or a third too low), and never above the maximum. Mean
+            growth is of those tasks whose growth is known. Killed, of limit: how near it killed
+            ones were when last seen, at least that. Begin with the top row: smaller chunks there
+            save most. __overflow__ stands for all prefixes beyond memusage.max-prefixes.""",
             PREFIX,
             (
                 Column(
@@ -165,6 +165,7 @@ COSTS = Row(
                     f"{mean(PEAK)} * {_SECONDS} / {_GIB_HOUR}",
                     "suffix:GiB h",
                     decimals=3,
+                    width=130,
                 ),
                 Column("Tasks", TASKS, decimals=0),
                 Column("Mean peak", mean(PEAK), "bytes"),
@@ -228,7 +229,7 @@ OVER_TIME = Row(
                     "{{task_prefix_name}}",
                 ),
             ),
-            "short",
+            COUNT,
             bars=True,
             width=24,
         ),
@@ -249,10 +250,10 @@ GREW = Row(
             (
                 Column("Peak changed", _change(PEAK), "percentunit", CHANGE, decimals=0),
                 Column("Mean peak", mean(PEAK), "bytes"),
-                Column("before", mean(PEAK, "before"), "bytes"),
+                Column("Peak before", mean(PEAK, "before"), "bytes"),
                 Column("Growth changed", _change(GROWTH), "percentunit", CHANGE, decimals=0),
                 Column("Mean growth", mean(GROWTH), "bytes"),
-                Column("growth before", mean(GROWTH, "before"), "bytes"),
+                Column("Growth before", mean(GROWTH, "before"), "bytes"),
                 Column("Tasks", TASKS, decimals=0),
             ),
             ("Growth changed", "Peak changed"),

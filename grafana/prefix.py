@@ -7,6 +7,7 @@ from grafana.overview import GROWTH, KNOWN, MAXIMUM, OF_THE_LIMIT, PEAK, TASKS
 from grafana.panels import (
     BESIDE,
     CHANGE,
+    COUNT,
     NO_WORKERS,
     NONE_IS_GOOD,
     OF_KNOWN,
@@ -25,18 +26,17 @@ from grafana.promql import gained, in_range, mean, quantile
 
 _INPUT = "task_memory_input_bytes"
 _MAX = "<task_memory_peak_maximum_bytes>"
+_GROWTH_MAX = "<task_memory_growth_maximum_bytes>"
 _WORKER_MAX = "<worker:task_memory_peak_maximum_bytes>"
 
 
-def _statistics(over: str, maximum: str) -> str:
-    """Return one row a statistic of peaks, and of growth."""
+def _statistics(over: str, window: str) -> str:
+    """Return one row a statistic, all of them exact: nothing is judged by estimates."""
     rows = {
         "peak, mean": mean(PEAK, over, ""),
-        "peak, p50 (estimate)": quantile(0.5, PEAK, over, ""),
-        "peak, p95 (estimate)": quantile(0.95, PEAK, over, ""),
-        "peak, maximum": f"max({maximum})",
+        "peak, maximum": f"max(max_over_time({_MAX}{window}))",
         "growth, mean": mean(GROWTH, over, ""),
-        "growth, p95 (estimate)": quantile(0.95, GROWTH, over, ""),
+        "growth, maximum": f"max(max_over_time({_GROWTH_MAX}{window}))",
         "input, mean": mean(_INPUT, over, ""),
     }
     return " or ".join(
@@ -44,8 +44,8 @@ def _statistics(over: str, maximum: str) -> str:
     )
 
 
-_NOW = _statistics("in_range", f"max_over_time({_MAX}[$__range])")
-_BEFORE = _statistics("before", f"max_over_time({_MAX}[$baseline] offset $__range)")
+_NOW = _statistics("in_range", "[$__range]")
+_BEFORE = _statistics("before", "[$baseline] offset $__range")
 
 _RATIO = f"({mean(GROWTH, 'in_range', '')}) / ({mean(_INPUT, 'in_range', '')} > 0)"
 
@@ -172,7 +172,7 @@ SPREAD = Row(
                 Query(quantile(0.5, GROWTH, "gained", ""), "p50 (estimate)", exemplar=True),
                 Query(quantile(0.95, GROWTH, "gained", ""), "p95 (estimate)", exemplar=True),
                 Query(mean(GROWTH, "gained", ""), "mean"),
-                Query("max(<task_memory_growth_maximum_bytes>)", "maximum of the last minutes"),
+                Query(f"max({_GROWTH_MAX})", "maximum of the last minutes"),
             ),
             no_value="no task's growth was known",
         ),
@@ -185,15 +185,15 @@ CHANGED = Row(
         Table(
             "Before and in the time range",
             """Its tasks in the time range beside those that ran before it, in clusters seen in the
-            time called Baseline. Choose the range to begin at a release. Growth up and input up:
-            the data grew. Growth up alone: the code did; compare the releases.""",
+            time called Baseline; all of it exact. Choose the range to begin at a release. Growth up
+            and input up: the data grew. Growth up alone: the code did; compare the releases.""",
             ("statistic", "Statistic"),
             (
                 Column("Before", _BEFORE, "bytes"),
                 Column("In the time range", _NOW, "bytes"),
             ),
             (),
-            Ratio("Beside before", "In the time range", "Before", BESIDE),
+            Ratio("Of before", "In the time range", "Before", BESIDE),
             width=12,
         ),
         Lines(
@@ -223,7 +223,7 @@ CHANGED = Row(
             """Its tasks by scope: thread and process are the task's own number; of shared ones only
             the process's peak is known. Reasons stand in the full CSV and on spans.""",
             (Query(f"sum by (scope) ({gained('<task_memory_tasks_total>')})", "{{scope}}"),),
-            "short",
+            COUNT,
             bars=True,
             width=18,
         ),

@@ -98,8 +98,15 @@ def mean(histogram: str, over: str = "in_range", by: str = "task_prefix_name") -
 def quantile(
     share: float, histogram: str, over: str = "in_range", by: str = "task_prefix_name"
 ) -> str:
-    """Return a quantile: an estimate within its bucket."""
-    counted = {"in_range": in_range, "before": before, "gained": gained}[over]
+    """Return a quantile: an estimate within its bucket, and no more than the exact maximum."""
+    counted, window = {
+        "in_range": (in_range, "$__range"),
+        "gained": (gained, "$__interval"),
+    }[over]
     buckets = f"sum by ({', '.join(filter(None, ('le', by)))}) ({counted(f'<{histogram}_bucket>')})"
-    # That of no task is a NaN, which no comparison lets through.
-    return f"histogram_quantile({share}, {buckets}) >= 0"
+    estimate = f"histogram_quantile({share}, {buckets})"
+    maxima = f"<{histogram.removesuffix('_bytes')}_maximum_bytes>"
+    largest = f"max by ({by}) (max_over_time({maxima}[{window}]))"
+    # The smaller of the two, and the estimate, which is dear, asked for once. That of no task is a
+    # NaN, which no comparison lets through.
+    return f"{largest} - on ({by}) clamp_min({largest} - on ({by}) {estimate}, 0) >= 0"

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from grafana import killed
 from grafana.overview import OF_THE_LIMIT
-from grafana.panels import NO_WORKERS, NONE_IS_GOOD, OF_LIMIT, Dashboard, Lines, Query, Row, Stat
+from grafana.panels import (
+    COUNT,
+    NO_WORKERS,
+    NONE_IS_GOOD,
+    OF_LIMIT,
+    Dashboard,
+    Lines,
+    Query,
+    Row,
+    Stat,
+)
 from grafana.promql import by_prefix, gained, in_range
 
 _KILLED = "<task_memory_killed_tasks_total>"
@@ -97,14 +107,14 @@ CLUSTER = Row(
             have spilled or freed memory; many paused and nothing running is a cluster that is
             stuck. Give workers more memory, or fewer threads.""",
             (Query("sum by (state) (<dask:scheduler_workers>)", "{{state}}"),),
-            "short",
+            COUNT,
         ),
         Lines(
             "Workers by source of their peaks",
             """How many workers there are, and how each is measured. Missing: they run without the
             package, and their kills and peaks are not known here.""",
             (Query("sum by (source) (<task_memory_workers>)", "{{source}}"),),
-            "short",
+            COUNT,
         ),
         Lines(
             "Suspicious tasks, by Dask",
@@ -116,7 +126,7 @@ CLUSTER = Row(
                     "{{task_prefix_name}}",
                 ),
             ),
-            "short",
+            COUNT,
             bars=True,
         ),
     ),

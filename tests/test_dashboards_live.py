@@ -21,7 +21,7 @@ from distributed import wait
 from dask_memusage_exporter import monitoring
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
 from tests import tasks
-from tests.conftest import rows, wait_until
+from tests.conftest import page, rows, wait_until
 from tests.grafana_panels import DataSource, targets
 from tests.receivers import receiver
 from tests.servers import Prometheus, Servers, VictoriaMetrics, free_port
@@ -129,6 +129,14 @@ def kill_one(servers: Servers, address: str, directory: Path) -> None:
         load, np.ones(1), 150, str(path), key="load-2-killed", workers=[address]
     )
     wait_until(path.exists, what="the task that is to be killed")
+
+    def seen() -> bool:
+        shown = json.loads(page(servers.scheduler_port, "/memusage/live"))
+        running = [task for one in shown["workers"] for task in one["running"]]
+        return any(task["peak_bytes"] > 150 * MIB for task in running)
+
+    # Its last peak is what was seen of it, at the first look a hundredth of a second later.
+    wait_until(seen, what="a look at it")
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: doomed.status == "error", what="the task's end")
 
@@ -355,10 +363,10 @@ def test_panels_say_what_the_csv_says(job: Job, whose: str) -> None:
     assert costs("Mean growth") == pytest.approx(sum(growths) / len(growths))
     assert costs("Growth known") == pytest.approx(len(growths) / len(load))
     assert costs("Max of limit") == pytest.approx(max(peaks) / 2**30)
-    assert look.column(overview, "Headroom", "ended") == {"": 2**30 - max(peaks)}
+    assert look.column(overview, "Headroom") == {"": 2**30 - max(peaks)}
     for share, name in ((0.5, "p50 peak (est.)"), (0.95, "p95 peak (est.)")):
         low, high = bucket(peaks[math.ceil(share * len(peaks)) - 1])
-        assert low <= costs(name) <= high, name
+        assert low <= costs(name) <= min(high, max(peaks)), name
     assert costs("Killed") == 1
     assert look.column(overview, "Tasks killed") == {"": 1}
 
@@ -369,14 +377,13 @@ def test_panels_say_what_the_csv_says(job: Job, whose: str) -> None:
     assert costs("Killed, of limit") == pytest.approx(share)
     at_least = look.column(overview, "Peak of limit", "killed, at least")
     assert at_least == {"": pytest.approx(share)}
-    assert look.column(overview, "Headroom", "killed, at most") == {"": 2**30 - last}
     (points,) = (one for one in targets(overview) if one.name.endswith("}} killed, at least"))
     assert [values for _, values in look.run(overview, points)] == [[last]]
 
     # The job before the range is the baseline, and nothing of the range is in it.
     earlier = [int(row["peak_bytes"]) for row in job.before if row["task_prefix"] == "load"]
     compared = "Mean memory, in the time range and before it"
-    was = look.column(overview, compared, "before")["load"]
+    was = look.column(overview, compared, "Peak before")["load"]
     assert was == pytest.approx(sum(earlier) / len(earlier))
     changed = look.column(overview, compared, "Peak changed")["load"]
     assert changed == pytest.approx(costs("Mean peak") / was - 1)
