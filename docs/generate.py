@@ -91,8 +91,9 @@ scrape_configs:
 Both pages of a server have the same series of ours, and sums over both count each task twice.
 Scrape one of them; or both, where Dask's own metrics are wanted as well, and drop ours from the
 first: the `prometheus.yml` that `dask memusage dashboards` writes shows how
-(`metric_relabel_configs`). The scheduler's page hears of spans with the workers' batches, a moment
-after the counts; there is at most one exemplar a bucket and label, however many tasks there are.
+(`metric_relabel_configs`), and the Helm chart does it with `monitors.exemplars.enabled=true`. The
+scheduler's page hears of spans with the workers' batches, a moment after the counts; there is at
+most one exemplar a bucket and label, however many tasks there are.
 
 ## Whose number it is
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grafana.panels import (
+    COUNT,
     NONE_IS_GOOD,
     OF_SHARED,
     PREFIX,
@@ -36,7 +37,7 @@ STATS = Row(
             no_value="no cluster now",
         ),
         Stat(
-            "Workers without it",
+            "Unmeasured workers",
             """Connected workers that are not measured: the package is not in their environment.
             Their tasks are in no number of ours. Install it there.""",
             (Query('sum(<task_memory_workers{source="missing"}>)'),),
@@ -93,14 +94,14 @@ SOURCES = Row(
             sampled; the high-water mark cannot be used there. Missing: not measured at all. Ask
             dask memusage doctor for the reason.""",
             (Query("sum by (source) (<task_memory_workers>)", "{{source}}"),),
-            "short",
+            COUNT,
         ),
         Lines(
             "Tasks by scope",
             """Thread and process: the number is the task's own. Shared: only the process's peak is
             known. A change here changes of which tasks the growth panels speak.""",
             (Query(f"sum by (scope) ({gained(_TASKS)})", "{{scope}}"),),
-            "short",
+            COUNT,
             bars=True,
         ),
         Table(
@@ -157,7 +158,7 @@ LOSSES = Row(
                     "{{reason}}",
                 ),
             ),
-            "short",
+            COUNT,
             bars=True,
             no_value="none was lost",
         ),
@@ -166,7 +167,7 @@ LOSSES = Row(
             """Where the exporter failed; no task was affected. The log of that process has the
             traceback, once.""",
             (Query(f"sum by (stage) ({gained('<task_memory_errors_total>')})", "{{stage}}"),),
-            "short",
+            COUNT,
             bars=True,
             no_value="no error",
         ),
@@ -175,7 +176,7 @@ LOSSES = Row(
             """How many kinds of task have a label of their own. At memusage.max-prefixes (40) all
             others count under __overflow__: raise it, or choose by memusage.prefixes.allow.""",
             (Query("max(<task_memory_prefixes>)", "prefixes"),),
-            "short",
+            COUNT,
         ),
         Lines(
             "Tasks in __overflow__",
@@ -186,7 +187,7 @@ LOSSES = Row(
                     f"sum({gained('<task_memory_overflow_tasks_total>')})", "tasks in __overflow__"
                 ),
             ),
-            "short",
+            COUNT,
             bars=True,
         ),
     ),
@@ -207,6 +208,7 @@ COST = Row(
                 ),
             ),
             "percentunit",
+            decimals=2,
         ),
         Lines(
             "Time for each task",

@@ -41,11 +41,11 @@ class Factory:
     def __init__(self, what: Dashboard, flavour: Flavour) -> None:
         self._what = what
         self._flavour = flavour
+        # Between backticks, where PromQL has no escapes: Grafana's own for it are not right for
+        # quotes, and differ by a feature toggle (prometheusSpecialCharsInLabelValues).
         self._prefix = {
-            "many": 'task_prefix_name=~"$prefix"',
-            # In a variable of one value Grafana escapes backslashes as PromQL has them, and quotes
-            # not as PromQL has them: a prefix with one has no page.
-            "one": 'task_prefix_name="$prefix"',
+            "many": "task_prefix_name=~`${prefix:regex}`",
+            "one": "task_prefix_name=`${prefix:raw}`",
             "none": None,
         }[what.prefix]
 
@@ -104,8 +104,14 @@ class Factory:
         chosen = carried(self._what, self._flavour)
         url = f"/d/{self._flavour.uid}-{_DRILL}?{chosen}&${{__url_time_range}}&var-prefix="
         label = self._flavour.label("task_prefix_name")
-        sources = (f"${{__field.labels.{label}}}", f'${{__data.fields["{PREFIX[1]}"]}}')
-        return Link(*([{"title": "This task prefix", "url": url + one}] for one in sources))
+        sources = (f"__field.labels.{label}", f'__data.fields["{PREFIX[1]}"]')
+        # By default Grafana leaves what has a meaning in an address, such as & and +.
+        return Link(
+            *(
+                [{"title": "This task prefix", "url": f"{url}${{{one}:percentencode}}"}]
+                for one in sources
+            )
+        )
 
     def _annotations(self) -> Iterator[dashboard.AnnotationQuery]:
         killed = promql.by_prefix("sum", promql.gained("<task_memory_killed_tasks_total>"))
@@ -127,8 +133,8 @@ class Factory:
                 description=re.sub(r"\s+Empty:.*", "", one.description, flags=re.DOTALL),
             )
         if isinstance(one, Heatmap):
-            buckets = promql.gained(f"<{one.histogram}_bucket>")
-            asked = self._queries([Query(f"sum by (le) ({buckets})", "{{le}}", one.exemplar)])
+            spread = promql.spread(one.histogram)
+            asked = self._queries([Query(spread, "{{le}}", one.exemplar)])
         elif isinstance(one, Table):
             asked = self._queries([Query(column.expr) for column in one.columns])
         else:

@@ -2,7 +2,8 @@
 
 Queries are written with ``<name>`` for a metric of our catalog as the scheduler exposes it,
 ``<worker:name>`` for a worker's own and ``<dask:name>`` for one of Dask's. :func:`expand` puts in
-the flavour's name with the dashboard's variables as matchers, and the flavour's labels.
+the flavour's name with the dashboard's variables as matchers, and the flavour's labels;
+``<cluster>`` stands for those by which series of one cluster are matched.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Flavour(NamedTuple):
     title: str
     #: Dashboard variables and the labels that they select by.
     selectors: Mapping[str, str]
+    #: ``<cluster>`` in queries: what a scheduler's series and its workers' limits have in common.
+    cluster: str
     #: Other names of labels.
     labels: Mapping[str, str]
 
@@ -66,6 +69,7 @@ SCRAPE = Flavour(
     "dask-memusage",
     "",
     {"namespace": "namespace", "job": "job", "dask_cluster": "dask_cluster"},
+    "namespace, dask_cluster, instance",
     {},
 )
 OTLP = Flavour(
@@ -74,6 +78,8 @@ OTLP = Flavour(
     " (OTLP)",
     # No job: there it tells workers from the scheduler, and panels need both.
     {"namespace": "k8s_namespace_name", "dask_cluster": "dask_cluster"},
+    # The limits are workers' own there.
+    "k8s_namespace_name, dask_cluster",
     {
         **{label: name.replace(".", "_") for label, name in catalog.ATTRIBUTES.items()},
         "instance": "dask_worker_address",
@@ -110,6 +116,7 @@ def expand(expression: str, flavour: Flavour, prefix: str | None = None) -> str:
             matchers.append(more)
         return f"{full}{{{', '.join(matchers)}}}"
 
+    expression = expression.replace("<cluster>", flavour.cluster)
     return flavour.rename(_SERIES.sub(series, expression))
 
 

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from grafana.panels import NONE_IS_GOOD, PREFIX, Column, Lines, Query, Table
+from grafana.panels import COUNT, NONE_IS_GOOD, PREFIX, Column, Lines, Query, Table
 from grafana.promql import by_prefix, gained, in_range
 
 _KILLED = "task_memory_killed_tasks_total"
+_PEAK = "<task_memory_killed_last_peak_bytes>"
+_LIMIT = "<task_memory_worker_limit_bytes>"
 
 #: In the time range, of each prefix.
 KILLED = by_prefix("sum", in_range(f"<{_KILLED}>"))
 #: Of prefixes that lost a task in the time range; the metrics stay for ever.
 _LATELY = f"and on (task_prefix_name) ({KILLED} > 0)"
+
+
+def _peaks(window: str, counted: str) -> str:
+    """Return how high each latest kill was when last seen, of clusters that had one meanwhile."""
+    return f"(last_over_time({_PEAK}[{window}]) and ignoring (cause) ({counted} > 0))"
+
+
+#: At least so high were killed tasks of the time range; what they would have needed nobody knows.
+_PEAKS = _peaks("$__range", in_range(f"<{_KILLED}>"))
+#: As a share of their cluster's limit.
+OF_THE_LIMIT = by_prefix(
+    "max",
+    f"{_PEAKS} / on (<cluster>) group_left () "
+    f"min by (<cluster>) (last_over_time({_LIMIT}[$__range]))",
+)
+
+#: Beside panels that tell of peaks of tasks that ended.
+BESIDE_SHARES = Query(f"max({OF_THE_LIMIT})", "killed, at least", killed=True)
+BESIDE_LINES = Query(
+    by_prefix("max", _peaks("$__interval", gained(f"<{_KILLED}>"))),
+    "{{task_prefix_name}} killed, at least",
+    killed=True,
+)
 
 
 def _by_cause(cause: str) -> str:
@@ -37,8 +62,7 @@ TABLE = Table(
         Column("lost", _by_cause("lost"), decimals=0),
         Column(
             "Last peak",
-            by_prefix("max", "last_over_time(<task_memory_killed_last_peak_bytes>[$__range])")
-            + f" {_LATELY}",
+            by_prefix("max", _PEAKS),
             "bytes",
         ),
         Column(
@@ -63,7 +87,7 @@ OVER_TIME = Lines(
     task is tried again on one worker after the other; cancel it. Worker processes that end in
     order, or are scaled down, are not here.""",
     (Query(f"sum by (cause) ({gained(f'<{_KILLED}>')})", "{{cause}}"),),
-    "short",
+    COUNT,
     bars=True,
     no_value="none was killed",
     width=10,

@@ -17,14 +17,24 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import heatmap as heat
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from grafana.panels import Column, Heatmap, Lines, Panel, Query, Stat, Table, Thresholds
+from grafana.panels import (
+    COUNT,
+    Column,
+    Heatmap,
+    Lines,
+    Panel,
+    Query,
+    Stat,
+    Table,
+    Thresholds,
+)
 from grafana.variables import DATASOURCE
 
+_RED: Mapping[str, object] = {"color": {"mode": "fixed", "fixedColor": "red"}}
 #: A limit among lines.
-_BORDER: Mapping[str, object] = {
-    "custom.lineStyle": {"fill": "dash", "dash": [8, 8]},
-    "color": {"mode": "fixed", "fixedColor": "red"},
-}
+_BORDER: Mapping[str, object] = {**_RED, "custom.lineStyle": {"fill": "dash", "dash": [8, 8]}}
+#: Tasks that were killed, among lines.
+_POINTS: Mapping[str, object] = {**_RED, "custom.drawStyle": "points", "custom.pointSize": 10}
 #: By a value that is not there.
 _NO_RATIO = ({"type": "special", "options": {"match": "nan", "result": {"text": "-"}}},)
 
@@ -47,7 +57,7 @@ class Link(NamedTuple):
 
 
 def stat(one: Stat, queries: Sequence[Asked]) -> Any:
-    """Return one number over the whole time range."""
+    """Return one number over the whole time range, or one a query."""
     panel = (
         stat_builder.Panel()
         .unit(one.unit)
@@ -60,6 +70,11 @@ def stat(one: Stat, queries: Sequence[Asked]) -> Any:
     )
     if one.decimals is not None:
         panel.decimals(one.decimals)
+    for asked in queries:
+        if asked.query.killed:
+            # One above the other: side by side there is no room for their names.
+            panel.orientation(options.VizOrientation.HORIZONTAL)
+            panel.override_by_query(asked.letter, _properties(_RED))
     return _named(panel, one)
 
 
@@ -92,6 +107,9 @@ def lines(one: Lines, queries: Sequence[Asked], link: Link | None) -> Any:
     )
     if one.maximum is not None:
         panel.max(one.maximum)
+    decimals = 0 if one.unit == COUNT else one.decimals
+    if decimals is not None:
+        panel.decimals(decimals)
     if one.bars:
         panel.draw_style(options.GraphDrawStyle.BARS).fill_opacity(80).line_width(0)
         panel.stacking(common.StackingConfig().mode(options.StackingMode.NORMAL))
@@ -102,6 +120,8 @@ def lines(one: Lines, queries: Sequence[Asked], link: Link | None) -> Any:
     for asked in queries:
         if asked.query.border:
             panel.override_by_query(asked.letter, _properties(_BORDER))
+        if asked.query.killed:
+            panel.override_by_query(asked.letter, _properties(_POINTS))
     if link is not None:
         panel.override_by_query(queries[0].letter, _properties({"links": link.of_series}))
     return _named(panel, one)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from grafana import killed
 from grafana.panels import (
+    ALL_RED,
     CHANGE,
+    COUNT,
     NONE_IS_GOOD,
     OF_KNOWN,
     OF_LIMIT,
@@ -87,8 +89,8 @@ STATS = Row(
             "Headroom",
             """What the largest peak left below the limit of its workers, at the least. Little or
             below zero: the next larger input is killed. Give workers more memory or fewer threads,
-            or make chunks smaller; take memory away from workers only by this, and only where no
-            task was killed: killed ones left none, and are not in it.""",
+            or make chunks smaller. Take memory away from workers only by this, and only where no
+            task was killed: killed ones left none, and stand in red beside it.""",
             (Query(f"min({_HEADROOM})"),),
             "bytes",
             no_value="no limit",
@@ -96,11 +98,11 @@ STATS = Row(
         ),
         Stat(
             "Peak of limit",
-            """How near the limit the largest peak of a task that ended came; killed ones are beside
-            it. Dask pauses a worker at 80 % and kills it at 95 %. Orange or red: see in the table
-            below whose it is, then give workers more memory or fewer threads, or make its inputs
-            smaller.""",
-            (Query(f"max({OF_THE_LIMIT})"),),
+            """How near the limit the largest peak of a task that ended came, and in red how near a
+            killed one was when it was last seen: at least that. Dask pauses a worker at 80 % and
+            kills it at 95 %. Orange or red: see in the table below whose it is, then give workers
+            more memory or fewer threads, or make its inputs smaller.""",
+            (Query(f"max({OF_THE_LIMIT})", "ended"), killed.BESIDE_SHARES),
             "percentunit",
             OF_LIMIT,
             no_value="no limit",
@@ -152,9 +154,10 @@ COSTS = Row(
             """A row a kind of task; click it for its own dashboard. Memory x time is the mean peak
             times the time on threads, what an otherwise empty worker of one thread would be billed.
             Means and maximum are exact, of tasks that ended; p50 and p95 are estimates within their
-            bucket (at most half too high or a third too low). Mean growth is of those tasks whose
-            growth is known. Begin with the top row: smaller chunks there save most. __overflow__
-            stands for all prefixes beyond memusage.max-prefixes.""",
+            bucket (at most half too high or a third too low), and never above the maximum. Mean
+            growth is of those tasks whose growth is known. Killed, of limit: how near it killed
+            ones were when last seen, at least that. Begin with the top row: smaller chunks there
+            save most. __overflow__ stands for all prefixes beyond memusage.max-prefixes.""",
             PREFIX,
             (
                 Column(
@@ -162,6 +165,7 @@ COSTS = Row(
                     f"{mean(PEAK)} * {_SECONDS} / {_GIB_HOUR}",
                     "suffix:GiB h",
                     decimals=3,
+                    width=130,
                 ),
                 Column("Tasks", TASKS, decimals=0),
                 Column("Mean peak", mean(PEAK), "bytes"),
@@ -171,12 +175,8 @@ COSTS = Row(
                 Column("Max of limit", OF_THE_LIMIT, "percentunit", OF_LIMIT, decimals=0),
                 Column("Mean growth", mean(GROWTH), "bytes"),
                 Column("Growth known", KNOWN, "percentunit", decimals=0),
-                Column(
-                    "Killed",
-                    _KILLED,
-                    thresholds=NONE_IS_GOOD,
-                    decimals=0,
-                ),
+                Column("Killed", _KILLED, thresholds=NONE_IS_GOOD, decimals=0),
+                Column("Killed, of limit", killed.OF_THE_LIMIT, "percentunit", ALL_RED, decimals=0),
             ),
             ("Memory x time", "Max peak"),
         ),
@@ -197,10 +197,11 @@ OVER_TIME = Row(
             "Largest peak by prefix",
             """The largest peak of the last minutes (memusage.maximum-window), exact, below the
             smallest worker limit (dashed). A line that climbs towards it will be killed: click it
-            for its own dashboard.""",
+            for its own dashboard. Red points are killed tasks, at least so high, in no line.""",
             (
                 Query(by_prefix("max", _MAX), "{{task_prefix_name}}"),
                 Query(f"min({_LIMIT})", "worker limit", border=True),
+                killed.BESIDE_LINES,
             ),
             drill=True,
         ),
@@ -228,7 +229,7 @@ OVER_TIME = Row(
                     "{{task_prefix_name}}",
                 ),
             ),
-            "short",
+            COUNT,
             bars=True,
             width=24,
         ),
@@ -249,10 +250,10 @@ GREW = Row(
             (
                 Column("Peak changed", _change(PEAK), "percentunit", CHANGE, decimals=0),
                 Column("Mean peak", mean(PEAK), "bytes"),
-                Column("before", mean(PEAK, "before"), "bytes"),
+                Column("Peak before", mean(PEAK, "before"), "bytes"),
                 Column("Growth changed", _change(GROWTH), "percentunit", CHANGE, decimals=0),
                 Column("Mean growth", mean(GROWTH), "bytes"),
-                Column("growth before", mean(GROWTH, "before"), "bytes"),
+                Column("Growth before", mean(GROWTH, "before"), "bytes"),
                 Column("Tasks", TASKS, decimals=0),
             ),
             ("Growth changed", "Peak changed"),

@@ -32,6 +32,11 @@ BESIDE: Thresholds = tuple((None if at is None else 1 + at, color) for at, color
 OF_KNOWN: Thresholds = ((None, "orange"), (0.5, "green"))
 OF_SHARED: Thresholds = ((None, "green"), (0.5, "orange"), (0.9, "red"))
 PLAIN: Thresholds = ((None, "text"),)
+#: Any value; what is not there is not red.
+ALL_RED: Thresholds = ((None, "text"), (0, "red"))
+
+#: The unit of counts, which are told in full: "short" makes 1 K of 1408.
+COUNT = "locale"
 
 #: What tables by prefix are by: the label, and its column's title.
 PREFIX = ("task_prefix_name", "Task prefix")
@@ -48,6 +53,8 @@ class Query(NamedTuple):
     exemplar: bool = False
     #: Of a line that is a border: dashed and red.
     border: bool = False
+    #: Of tasks that were killed: red, and points among lines.
+    killed: bool = False
 
 
 class Stat(NamedTuple):
@@ -56,8 +63,7 @@ class Stat(NamedTuple):
     title: str
     description: str
     queries: tuple[Query, ...]
-    #: A count is told in full: "short" makes 1 K of 1408.
-    unit: str = "locale"
+    unit: str = COUNT
     thresholds: Thresholds = PLAIN
     no_value: str = "none"
     decimals: int | None = None
@@ -78,6 +84,8 @@ class Lines(NamedTuple):
     #: Whether a series stands for a prefix and its line leads to that.
     drill: bool = False
     maximum: float | None = None
+    #: None: as many as it takes, and none of a count.
+    decimals: int | None = None
     width: int = 12
     height: int = 9
 
@@ -98,7 +106,7 @@ class Column(NamedTuple):
 
     title: str
     expr: str
-    unit: str = "locale"
+    unit: str = COUNT
     thresholds: Thresholds | None = None
     decimals: int | None = None
     width: int | None = None

@@ -7,6 +7,7 @@ from grafana.overview import GROWTH, KNOWN, MAXIMUM, OF_THE_LIMIT, PEAK, TASKS
 from grafana.panels import (
     BESIDE,
     CHANGE,
+    COUNT,
     NO_WORKERS,
     NONE_IS_GOOD,
     OF_KNOWN,
@@ -25,18 +26,17 @@ from grafana.promql import gained, in_range, mean, quantile
 
 _INPUT = "task_memory_input_bytes"
 _MAX = "<task_memory_peak_maximum_bytes>"
+_GROWTH_MAX = "<task_memory_growth_maximum_bytes>"
 _WORKER_MAX = "<worker:task_memory_peak_maximum_bytes>"
 
 
-def _statistics(over: str, maximum: str) -> str:
-    """Return one row a statistic of peaks, and of growth."""
+def _statistics(over: str, window: str) -> str:
+    """Return one row a statistic, all of them exact: nothing is judged by estimates."""
     rows = {
         "peak, mean": mean(PEAK, over, ""),
-        "peak, p50 (estimate)": quantile(0.5, PEAK, over, ""),
-        "peak, p95 (estimate)": quantile(0.95, PEAK, over, ""),
-        "peak, maximum": f"max({maximum})",
+        "peak, maximum": f"max(max_over_time({_MAX}{window}))",
         "growth, mean": mean(GROWTH, over, ""),
-        "growth, p95 (estimate)": quantile(0.95, GROWTH, over, ""),
+        "growth, maximum": f"max(max_over_time({_GROWTH_MAX}{window}))",
         "input, mean": mean(_INPUT, over, ""),
     }
     return " or ".join(
@@ -44,8 +44,8 @@ def _statistics(over: str, maximum: str) -> str:
     )
 
 
-_NOW = _statistics("in_range", f"max_over_time({_MAX}[$__range])")
-_BEFORE = _statistics("before", f"max_over_time({_MAX}[$baseline] offset $__range)")
+_NOW = _statistics("in_range", "[$__range]")
+_BEFORE = _statistics("before", "[$baseline] offset $__range")
 
 _RATIO = f"({mean(GROWTH, 'in_range', '')}) / ({mean(_INPUT, 'in_range', '')} > 0)"
 
@@ -79,10 +79,10 @@ STATS = Row(
         ),
         Stat(
             "Max of limit",
-            """How near the limit of its workers the largest peak of those that ended came. Dask
-            pauses a worker at 80 % and kills it at 95 %: from orange on make chunks smaller, or
-            workers larger.""",
-            (Query(OF_THE_LIMIT),),
+            """How near the limit of its workers the largest peak of those that ended came, and in
+            red how near a killed one was when it was last seen: at least that. Dask pauses a worker
+            at 80 % and kills it at 95 %: from orange on make chunks smaller, or workers larger.""",
+            (Query(OF_THE_LIMIT, "ended"), killed.BESIDE_SHARES),
             "percentunit",
             OF_LIMIT,
             no_value="no limit",
@@ -153,13 +153,15 @@ SPREAD = Row(
             "Peaks: p50, p95, mean, maximum",
             """Mean and maximum are exact, quantiles are estimates within their bucket (at most
             half too high or a third too low). Diamonds open the trace of a task. Maximum far above
-            p95: a few inputs are much larger than the rest; split those.""",
+            p95: a few inputs are much larger than the rest; split those. Red points are killed
+            tasks, at least so high, and in none of the lines.""",
             (
                 Query(quantile(0.5, PEAK, "gained", ""), "p50 (estimate)", exemplar=True),
                 Query(quantile(0.95, PEAK, "gained", ""), "p95 (estimate)", exemplar=True),
                 Query(mean(PEAK, "gained", ""), "mean"),
                 Query(f"max({_MAX})", "maximum of the last minutes"),
                 Query("min(<task_memory_worker_limit_bytes>)", "worker limit", border=True),
+                killed.BESIDE_LINES,
             ),
         ),
         Lines(
@@ -170,7 +172,7 @@ SPREAD = Row(
                 Query(quantile(0.5, GROWTH, "gained", ""), "p50 (estimate)", exemplar=True),
                 Query(quantile(0.95, GROWTH, "gained", ""), "p95 (estimate)", exemplar=True),
                 Query(mean(GROWTH, "gained", ""), "mean"),
-                Query("max(<task_memory_growth_maximum_bytes>)", "maximum of the last minutes"),
+                Query(f"max({_GROWTH_MAX})", "maximum of the last minutes"),
             ),
             no_value="no task's growth was known",
         ),
@@ -183,15 +185,15 @@ CHANGED = Row(
         Table(
             "Before and in the time range",
             """Its tasks in the time range beside those that ran before it, in clusters seen in the
-            time called Baseline. Choose the range to begin at a release. Growth up and input up:
-            the data grew. Growth up alone: the code did; compare the releases.""",
+            time called Baseline; all of it exact. Choose the range to begin at a release. Growth up
+            and input up: the data grew. Growth up alone: the code did; compare the releases.""",
             ("statistic", "Statistic"),
             (
                 Column("Before", _BEFORE, "bytes"),
                 Column("In the time range", _NOW, "bytes"),
             ),
             (),
-            Ratio("Beside before", "In the time range", "Before", BESIDE),
+            Ratio("Of before", "In the time range", "Before", BESIDE),
             width=12,
         ),
         Lines(
@@ -221,7 +223,7 @@ CHANGED = Row(
             """Its tasks by scope: thread and process are the task's own number; of shared ones only
             the process's peak is known. Reasons stand in the full CSV and on spans.""",
             (Query(f"sum by (scope) ({gained('<task_memory_tasks_total>')})", "{{scope}}"),),
-            "short",
+            COUNT,
             bars=True,
             width=18,
         ),

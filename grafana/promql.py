@@ -45,6 +45,36 @@ def by_prefix(function: str, series: str) -> str:
     return f"{function} by (task_prefix_name) ({series})"
 
 
+def spread(histogram: str) -> str:
+    """Return how many tasks each step had in each bucket, of those buckets that are in use.
+
+    These are in one piece, from the empty one below the smallest value to that of the largest:
+    Grafana counts a bucket's tasks from the one before it. Which they are is the same for all
+    steps: one is empty that was so at every scrape of the range.
+    """
+
+    def seen(function: str, more: str = "") -> str:
+        range_ = f"<{histogram}_bucket{more}>[$__range] @ end()"
+        return f"sum by (le) ({function}({range_}))"
+
+    samples, finite = seen("sum_over_time"), '{le!="+Inf"}'
+    # PromQL computes with values only. What a histogram of one bucket alone ends with is its bound.
+    one = f'label_join({seen("present_over_time", finite)}, "bound", "", "le")'
+    closed = f'({one} or label_replace({one}, "le", "+Inf", "", ""))'
+    bounds = f'label_join(histogram_quantile(1, {closed}), "le", "", "bound")'
+    # Between values, as what is interpolated is rounded.
+    smallest = f"0.999 * scalar(histogram_quantile(1e-9, {samples}))"
+    largest = f"1.001 * scalar(histogram_quantile(1, {samples}))"
+    beyond = (
+        f"""{seen("sum_over_time", '{le="+Inf"}')} > """
+        f"scalar(max({seen('sum_over_time', finite)}))"
+    )
+    return (
+        f"sum by (le) ({gained(f'<{histogram}_bucket>')}) "
+        f"and on (le) ({bounds} >= {smallest} <= {largest} or {beyond})"
+    )
+
+
 def mean(histogram: str, over: str = "in_range", by: str = "task_prefix_name") -> str:
     """Return the exact mean of a histogram.
 
@@ -68,8 +98,15 @@ def mean(histogram: str, over: str = "in_range", by: str = "task_prefix_name") -
 def quantile(
     share: float, histogram: str, over: str = "in_range", by: str = "task_prefix_name"
 ) -> str:
-    """Return a quantile: an estimate within its bucket."""
-    counted = {"in_range": in_range, "before": before, "gained": gained}[over]
+    """Return a quantile: an estimate within its bucket, and no more than the exact maximum."""
+    counted, window = {
+        "in_range": (in_range, "$__range"),
+        "gained": (gained, "$__interval"),
+    }[over]
     buckets = f"sum by ({', '.join(filter(None, ('le', by)))}) ({counted(f'<{histogram}_bucket>')})"
-    # That of no task is a NaN, which no comparison lets through.
-    return f"histogram_quantile({share}, {buckets}) >= 0"
+    estimate = f"histogram_quantile({share}, {buckets})"
+    maxima = f"<{histogram.removesuffix('_bytes')}_maximum_bytes>"
+    largest = f"max by ({by}) (max_over_time({maxima}[{window}]))"
+    # The smaller of the two, and the estimate, which is dear, asked for once. That of no task is a
+    # NaN, which no comparison lets through.
+    return f"{largest} - on ({by}) clamp_min({largest} - on ({by}) {estimate}, 0) >= 0"

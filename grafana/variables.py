@@ -67,13 +67,15 @@ def variables(what: Dashboard, flavour: Flavour) -> Iterator[Builder[model.Varia
     if what.prefix == "many":
         query = f"label_values({expand(_TASKS, flavour)}, {label})"
         prefix = _query("prefix", "Task prefix", about, query).multi(True).include_all(True)
-        yield prefix.all_value(".*").current(_ALL)
+        # With prefixes of several lines, whose breaks are no `.` before Prometheus 3.
+        yield prefix.all_value("(?s:.*)").current(_ALL)
     elif what.prefix == "one":
         # Largest peak first, so that a page which nobody has chosen for shows what matters most.
         largest = expand(f"sort_desc(max by (task_prefix_name) ({_LARGEST}))", flavour)
         prefix = _query("prefix", "Task prefix", about, f"query_result({largest})")
         yield (
-            prefix.regex(f'/{label}="([^"]+)"/')
+            # Grafana's text of a series has no escapes; nothing behind the label has a quote.
+            prefix.regex(rf'/{label}="([\s\S]+)"/')
             .sort(model.VariableSort.DISABLED)
             .multi(False)
             .include_all(False)

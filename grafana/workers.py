@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from grafana import killed
 from grafana.overview import OF_THE_LIMIT
-from grafana.panels import NO_WORKERS, NONE_IS_GOOD, OF_LIMIT, Dashboard, Lines, Query, Row, Stat
+from grafana.panels import (
+    COUNT,
+    NO_WORKERS,
+    NONE_IS_GOOD,
+    OF_LIMIT,
+    Dashboard,
+    Lines,
+    Query,
+    Row,
+    Stat,
+)
 from grafana.promql import by_prefix, gained, in_range
 
 _KILLED = "<task_memory_killed_tasks_total>"
@@ -47,10 +57,10 @@ STATS = Row(
         ),
         Stat(
             "Peak of limit",
-            """How near the limit the largest peak of a task that ended came; how high killed ones
-            were stands below. Dask pauses a worker at 80 % and kills it at 95 %. From orange on
-            look below whose it is.""",
-            (Query(f"max({OF_THE_LIMIT})"),),
+            """How near the limit the largest peak of a task that ended came, and in red how near a
+            killed one was when it was last seen: at least that. Dask pauses a worker at 80 % and
+            kills it at 95 %. From orange on look below whose it is.""",
+            (Query(f"max({OF_THE_LIMIT})", "ended"), killed.BESIDE_SHARES),
             "percentunit",
             OF_LIMIT,
             no_value="no limit",
@@ -82,10 +92,12 @@ CLUSTER = Row(
         Lines(
             "Task peaks and the worker limit",
             """The largest peak of each kind of task in the last minutes, below the smallest worker
-            limit (dashed). A line that met the limit when a worker died is the one to look at.""",
+            limit (dashed). Red points are killed tasks, as high as they were last seen: at least
+            that. They are in no line, and they are the ones to look at.""",
             (
                 Query(by_prefix("max", _MAX), "{{task_prefix_name}}"),
                 Query(f"min({_LIMIT})", "worker limit", border=True),
+                killed.BESIDE_LINES,
             ),
             drill=True,
         ),
@@ -95,14 +107,14 @@ CLUSTER = Row(
             have spilled or freed memory; many paused and nothing running is a cluster that is
             stuck. Give workers more memory, or fewer threads.""",
             (Query("sum by (state) (<dask:scheduler_workers>)", "{{state}}"),),
-            "short",
+            COUNT,
         ),
         Lines(
             "Workers by source of their peaks",
             """How many workers there are, and how each is measured. Missing: they run without the
             package, and their kills and peaks are not known here.""",
             (Query("sum by (source) (<task_memory_workers>)", "{{source}}"),),
-            "short",
+            COUNT,
         ),
         Lines(
             "Suspicious tasks, by Dask",
@@ -114,7 +126,7 @@ CLUSTER = Row(
                     "{{task_prefix_name}}",
                 ),
             ),
-            "short",
+            COUNT,
             bars=True,
         ),
     ),

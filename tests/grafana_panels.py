@@ -143,22 +143,33 @@ class DataSource:
             "__interval": f"{self.step}s",
             "__rate_interval": f"{self.step + 4}s",
         }
-        for variable in dashboard["templating"]["list"]:
-            if variable["type"] != "datasource":
-                values[variable["name"]] = self._value(variable)
-        text = re.sub(r"\$(\w+)", lambda found: values.get(found[1], found[0]), text)
-        assert "$" not in text, text
-        return text
+        variables = {one["name"]: one for one in dashboard["templating"]["list"]}
 
-    def _value(self, variable: Mapping[str, Any]) -> str:
+        def value(found: re.Match[str]) -> str:
+            name = found[1] or found[2]
+            return values[name] if name in values else self._value(variables[name], found[3])
+
+        return re.sub(r"\$(?:(\w+)|{(\w+)(?::(\w+))?})", value, text)
+
+    def _value(self, variable: Mapping[str, Any], form: str | None) -> str:
+        """Return a variable's value as Grafana formats it, by default or in the form that is named.
+
+        See ``formatRegistry.ts`` of Grafana's library scenes, and ``escaping.ts`` of its data
+        source for where no form is named; here without its feature toggle.
+        """
         given = self.values.get(variable["name"])
-        if isinstance(given, list):
-            # Grafana's for a regular expression inside a string of PromQL.
-            escaped = [re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\\\1", one) for one in given]
-            return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
-        if given is not None:
-            # As Grafana does, which is not PromQL's way with quotes.
-            return given.replace("\\", "\\\\").replace("'", "\\\\'")
-        if variable.get("includeAll"):
-            return variable["allValue"]
-        return variable.get("current", {}).get("value", "")
+        if given is None:
+            # What stands for all is not formatted.
+            chosen = variable.get("current", {}).get("value", "")
+            return variable["allValue"] if variable.get("includeAll") else chosen
+        several = [given] if isinstance(given, str) else given
+        if form == "raw":
+            return ",".join(several)
+        if form == "regex":
+            several = [re.sub(r"[\\^$*+?.()|[\]{}/]", r"\\\g<0>", one) for one in several]
+        elif not variable.get("multi"):
+            return several[0].replace("\\", "\\\\").replace("'", "\\\\'")
+        else:
+            several = [one.replace("\\", "\\" * 4) for one in several]
+            several = [re.sub(r"[$^*{}[\]+?.()|]", r"\\\\\g<0>", one) for one in several]
+        return several[0] if len(several) == 1 else f"({'|'.join(several)})"

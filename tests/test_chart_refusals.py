@@ -88,6 +88,16 @@ WRONG: list[tuple[str, list[str], str]] = [
         settings(monitors__workers__scrapeTimeout="1m"),
         r"monitors.workers.scrapeTimeout: 1m is longer than interval, which is 30s",
     ),
+    (
+        "exemplars twice",
+        settings(monitors__exemplars__enabled=True, monitors__scheduler__path="/memusage/metrics"),
+        r"beside the /metrics of schedulers.*set .*monitors.scheduler.path=/metrics",
+    ),
+    (
+        "exemplars of others' monitors",
+        settings(monitors__exemplars__enabled=True, monitors__upstreamEnabled=True),
+        r"monitors.exemplars.enabled.* monitors.upstreamEnabled=false, or leave them off",
+    ),
     ("no value", settings(cluster__worker__threads=None), r"cluster.worker.*threads"),
     ("no section", settings(config__dask={"distributed": None}), r"config.dask.distributed"),
     (

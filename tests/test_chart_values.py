@@ -12,10 +12,20 @@ from typing import Any
 import pytest
 import yaml
 
-from dask_memusage_exporter import catalog
+from dask_memusage_exporter import catalog, monitoring
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.monitoring import rules
-from tests.charts import OPERATOR, VALUES, Helm, of_kind, options, pods, settings, the
+from tests.charts import (
+    MONITORING,
+    OPERATOR,
+    VALUES,
+    Helm,
+    of_kind,
+    options,
+    pods,
+    settings,
+    the,
+)
 
 PRESET = settings(monitors__preset="operator")
 
@@ -99,6 +109,37 @@ def test_workers_are_not_scraped_unless_asked_for(helm: Helm) -> None:
         kinds = [one["kind"] for one in helm.render(*values)]
         assert kinds.count("ServiceMonitor") == 1
         assert "PodMonitor" not in kinds
+
+
+def test_exemplars_are_scraped_beside_the_rest_and_nothing_twice(
+    helm: Helm, tmp_path: Path
+) -> None:
+    """By a second endpoint under another job; the first drops what that one has, and no more."""
+    mine = {"action": "labeldrop", "regex": "pod"}
+    asked = settings(
+        monitors__exemplars__enabled=True, monitors__workers__enabled=True,
+        monitors__scheduler__metricRelabelings=[mine],
+    )  # fmt: skip
+    rendered = helm.render(*PRESET, *asked)
+    first, second = the(rendered, "ServiceMonitor")["spec"]["endpoints"]
+    assert (first["path"], second["path"]) == ("/metrics", "/memusage/metrics")
+    assert second["port"] == first["port"]
+    of_cluster, job = second["relabelings"]
+    assert first["relabelings"] == [of_cluster]
+    assert job == {"sourceLabels": ["job"], "targetLabel": "job", "replacement": "${1}-exemplars"}
+    drop, *others = first["metricRelabelings"]
+    assert others == second["metricRelabelings"] == [mine]
+    (workers,) = the(rendered, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert "metricRelabelings" not in workers
+
+    assert (drop["action"], drop["sourceLabels"]) == ("drop", ["__name__"])
+    # The package's example of a configuration, which a real Prometheus runs by, has the same.
+    assert drop["regex"] in monitoring.files()["prometheus.yml"]
+    ours = [f"dask_scheduler_{one.name}" for one in catalog.METRICS if "scheduler" in one.on]
+    assert all(re.fullmatch(drop["regex"], name) for name in ours)
+    assert not re.fullmatch(drop["regex"], "dask_scheduler_tasks_compute_seconds_total")
+    notes = helm.notes_where((MONITORING,), tmp_path, *PRESET, *asked)
+    assert "enableFeatures: [exemplar-storage]" in notes
 
 
 def test_the_resource_of_opentelemetry_has_namespace_and_node(helm: Helm) -> None:

@@ -131,6 +131,7 @@ def test_what_others_wrote_is_not_overwritten(tmp_path: Path) -> None:
         (("--threshold", "near-limit-percent=200"), "percent from 1 to 100"),
         (("--threshold", "near-limit=80"), "did you mean near-limit-percent?"),
         (("--flavour", "otlp", "--threshold", "errors=3"), "leave them out, or use the flavour"),
+        (("--flavour", "otlp", "--namespace", "acme"), "OpenTelemetry's have none: leave it out"),
     ],
 )
 def test_a_wrong_call_is_told_the_mend(

@@ -21,7 +21,7 @@ from distributed import wait
 from dask_memusage_exporter import monitoring
 from dask_memusage_exporter.config import DEFAULT_BUCKETS
 from tests import tasks
-from tests.conftest import rows, wait_until
+from tests.conftest import page, rows, wait_until
 from tests.grafana_panels import DataSource, targets
 from tests.receivers import receiver
 from tests.servers import Prometheus, Servers, VictoriaMetrics, free_port
@@ -29,6 +29,9 @@ from tests.servers import Prometheus, Servers, VictoriaMetrics, free_port
 MIB = 2**20
 #: What the scrape configuration puts on.
 LABELS = {"namespace": "data", "dask_cluster": "nightly"}
+
+#: A kind of task whose name has what strings and patterns of PromQL are written with.
+ODD = 'its "x\\y" isn\'t (a+b|c)*\nz/%&'
 
 #: Of the example; the last has what the first drops then.
 EXAMPLE_JOBS = ("dask-scheduler", "dask-worker", "dask-exemplars")
@@ -77,6 +80,8 @@ class Job(NamedTuple):
     #: Rows of the time range; before it there was a smaller job.
     after: list[dict[str, str]]
     before: list[dict[str, str]]
+    #: The row of the task that was killed in the time range.
+    killed: dict[str, str]
     #: Names of both workers.
     workers: set[str]
 
@@ -108,6 +113,7 @@ def submit(servers: Servers, number: int, sizes: list[int]) -> None:
         # More than a worker's target: some of it is spilled.
         for i in range(3):
             done.append(client.submit(block, 60, key=f"kept-{number}-{name}-{i}", **here))
+        done.append(client.submit(tasks.nothing, key=f"{ODD}-{number}-{name}", **here))
     # The first to come have a label, on each worker by itself.
     wait(done)
     done += [client.submit(tasks.nothing, key=f"other_{i}-{number}") for i in range(6)]
@@ -123,6 +129,14 @@ def kill_one(servers: Servers, address: str, directory: Path) -> None:
         load, np.ones(1), 150, str(path), key="load-2-killed", workers=[address]
     )
     wait_until(path.exists, what="the task that is to be killed")
+
+    def seen() -> bool:
+        shown = json.loads(page(servers.scheduler_port, "/memusage/live"))
+        running = [task for one in shown["workers"] for task in one["running"]]
+        return any(task["peak_bytes"] > 150 * MIB for task in running)
+
+    # Its last peak is what was seen of it, at the first look a hundredth of a second later.
+    wait_until(seen, what="a look at it")
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: doomed.status == "error", what="the task's end")
 
@@ -205,7 +219,9 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
             wait_until(lambda: one.query(killed) == [1], what="the kill")  # noqa: B023
         wait_until(lambda: store.query(killed.replace("cause", "dask_task_kill_cause")) == [1])
         wait_until(lambda: full.query("sum(dask_scheduler_task_memory_workers)") == [2])
+        wait_until(lambda: any(row["status"] == "killed" for row in rows(csv)), what="its row")
         finished = [row for row in rows(csv) if row["status"] != "killed"]
+        (died,) = (row for row in rows(csv) if row["status"] == "killed")
 
         def looks() -> list[DataSource]:
             """Return what was there at a time when no scrape had failed; the range so far."""
@@ -220,7 +236,8 @@ def job(component: Callable[[str], str], tmp_path_factory: pytest.TempPathFactor
             whole = [len(one) for one in scraped] == [2, 1, 3]
             return asked if whole else []
 
-        yield Job(*wait_until(looks, timeout=60), finished[first:], finished[:first], workers)
+        looked = wait_until(looks, timeout=60)
+        yield Job(*looked, finished[first:], finished[:first], died, workers)
 
 
 def empty(look: DataSource, shown: dict[str, Any], **values: Any) -> list[str]:
@@ -278,6 +295,24 @@ def test_what_is_chosen_is_shown(job: Job) -> None:
     assert job.otlp.variable(OTLP["overview"], "dask_cluster") == ["nightly"]
 
 
+@pytest.mark.parametrize("whose", ["labelled", "alone", "otlp"])
+def test_a_prefix_may_have_any_name(job: Job, whose: str) -> None:
+    """Quotes, backslashes and patterns in it: it has its page, and its row where it is chosen."""
+    look, shown = getattr(job, whose), OTLP if whose == "otlp" else SCRAPE
+    look.values = {}
+    assert ODD in look.variable(shown["overview"], "prefix")
+    assert ODD in look.variable(shown["prefix"], "prefix")
+    for look.values in ({"prefix": [ODD]}, {"prefix": [ODD, "load"]}):
+        counted = look.column(shown["overview"], "Task prefixes by cost", "Tasks")
+        assert set(counted) == set(look.values["prefix"])
+    look.values = {"prefix": ODD}
+    measured = look.column(shown["prefix"], "Tasks measured")
+    assert measured == {ODD: sum(row["task_prefix"] == ODD for row in job.after)}
+    assert "peak, mean" in look.column(
+        shown["prefix"], "Before and in the time range", "In the time range"
+    )
+
+
 def test_the_example_with_all_its_jobs(job: Job) -> None:
     """Exemplars' own job and the workers' count nothing twice, and can be chosen like any other."""
     overview, look = SCRAPE["overview"], job.example
@@ -331,25 +366,37 @@ def test_panels_say_what_the_csv_says(job: Job, whose: str) -> None:
     assert look.column(overview, "Headroom") == {"": 2**30 - max(peaks)}
     for share, name in ((0.5, "p50 peak (est.)"), (0.95, "p95 peak (est.)")):
         low, high = bucket(peaks[math.ceil(share * len(peaks)) - 1])
-        assert low <= costs(name) <= high, name
+        assert low <= costs(name) <= min(high, max(peaks)), name
     assert costs("Killed") == 1
     assert look.column(overview, "Tasks killed") == {"": 1}
+
+    # How high the killed one was when last seen is beside what is known of those that ended.
+    (last,) = look.column(overview, "Post-mortem: killed tasks by prefix", "Last peak").values()
+    assert last == int(job.killed["peak_bytes"]) > 150 * MIB
+    share = last / 2**30
+    assert costs("Killed, of limit") == pytest.approx(share)
+    at_least = look.column(overview, "Peak of limit", "killed, at least")
+    assert at_least == {"": pytest.approx(share)}
+    (points,) = (one for one in targets(overview) if one.name.endswith("}} killed, at least"))
+    assert [values for _, values in look.run(overview, points)] == [[last]]
 
     # The job before the range is the baseline, and nothing of the range is in it.
     earlier = [int(row["peak_bytes"]) for row in job.before if row["task_prefix"] == "load"]
     compared = "Mean memory, in the time range and before it"
-    was = look.column(overview, compared, "before")["load"]
+    was = look.column(overview, compared, "Peak before")["load"]
     assert was == pytest.approx(sum(earlier) / len(earlier))
     changed = look.column(overview, compared, "Peak changed")["load"]
     assert changed == pytest.approx(costs("Mean peak") / was - 1)
 
     # Each task is in one cell of the heatmap.
     (cells,) = (one for one in targets(overview) if one.kind == "heatmap")
+    by_bound = {float(labels["le"]): values for labels, values in look.run(overview, cells)}
     # The first step is from before the range.
-    (total,) = (
-        sum(values[1:]) for labels, values in look.run(overview, cells) if labels["le"] == "+Inf"
-    )
-    assert total == len(job.after)
+    assert sum(by_bound[max(by_bound)][1:]) == len(job.after)
+    # Rows are those in use: from the bucket below the smallest peak to that of the largest.
+    every = [int(row["peak_bytes"]) for row in (*job.before, *job.after)]
+    assert max(by_bound) == bucket(max(every))[1]
+    assert min(by_bound) == bucket(min(every))[0]
 
     # One prefix on its own page says the same.
     look.values = {"prefix": "load"}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -33,21 +34,30 @@ STEPS = {
 }
 
 
-def ask(promtool: str, directory: Path, values: str, at: str, expr: str, expected: object) -> None:
-    """Hold what an expression gives at a time against what is expected."""
+def ask(
+    promtool: str,
+    directory: Path,
+    scraped: Mapping[str, str],
+    at: str,
+    expr: str,
+    expected: Mapping[str, float],
+) -> None:
+    """Hold what an expression gives at a time, by its series, against what is expected."""
     test = {
         "evaluation_interval": f"{EVERY}s",
         "tests": [
             {
                 "interval": f"{EVERY}s",
-                "input_series": [{"series": X, "values": values}],
+                "input_series": [
+                    {"series": series, "values": values} for series, values in scraped.items()
+                ],
                 "promql_expr_test": [
                     {
-                        "expr": f"sum({expr})",
+                        "expr": expr,
                         "eval_time": at,
-                        "exp_samples": []
-                        if expected is None
-                        else [{"labels": "{}", "value": expected}],
+                        "exp_samples": [
+                            {"labels": labels, "value": value} for labels, value in expected.items()
+                        ],
                     }
                 ],
             }
@@ -69,8 +79,9 @@ def ask(promtool: str, directory: Path, values: str, at: str, expr: str, expecte
 def test_in_a_time_range(component: Callable[[str], str], tmp_path: Path, case: str) -> None:
     """Tables and stats count exactly, where ``increase`` loses or invents."""
     values, at, window, expected = RANGES[case]
-    expr = promql.in_range(X).replace("$__range", window)
-    ask(component("promtool"), tmp_path, values, at, expr, expected)
+    expr = f"sum({promql.in_range(X)})".replace("$__range", window)
+    gained = {} if expected is None else {"{}": expected}
+    ask(component("promtool"), tmp_path, {X: values}, at, expr, gained)
 
 
 @pytest.mark.component("promtool")
@@ -78,7 +89,33 @@ def test_in_a_time_range(component: Callable[[str], str], tmp_path: Path, case: 
 def test_in_a_step(component: Callable[[str], str], tmp_path: Path, case: str) -> None:
     """Graphs show each task in one step, and nothing that was shown before."""
     values, at, window, expected = STEPS[case]
-    ask(component("promtool"), tmp_path, values, at, promql.gained(X, window), expected)
+    expr = f"sum({promql.gained(X, window)})"
+    ask(component("promtool"), tmp_path, {X: values}, at, expr, {"{}": expected})
+
+
+#: Tasks by the bound of their bucket, and which buckets are shown with how many: up to each.
+SPREADS = {
+    "a piece in the middle": ({"4": 2, "16": 1}, {"2": 0, "4": 2, "8": 2, "16": 3}),
+    "one bucket": ({"8": 5}, {"4": 0, "8": 5}),
+    "the first": ({"1": 1, "2": 1}, {"1": 1, "2": 2}),
+    "beyond all bounds": ({"16": 1, "+Inf": 1}, {"8": 0, "16": 1, "+Inf": 2}),
+    "no task": ({}, {}),
+}
+
+
+@pytest.mark.component("promtool")
+@pytest.mark.parametrize("case", SPREADS)
+def test_buckets_that_are_shown(component: Callable[[str], str], tmp_path: Path, case: str) -> None:
+    """Those in use in one piece, with the empty one below them; each task stays in its own."""
+    tasks, expected = SPREADS[case]
+    total, shown = 0, {}
+    for le in ("1", "2", "4", "8", "16", "+Inf"):
+        total += tasks.get(le, 0)
+        shown[f'h_bucket{{le="{le}"}}'] = f"0x40 {total}x40"
+    expr = re.sub(r"<(\w+)((?:{.*?})?)>", r"\1\2", promql.spread("h"))
+    expr = expr.replace("$__range", "20m").replace("$__interval", "15m")
+    rows = {f'{{le="{le}"}}': count for le, count in expected.items()}
+    ask(component("promtool"), tmp_path, shown, "20m", expr, rows)
 
 
 @pytest.mark.component("promtool")
@@ -88,6 +125,6 @@ def test_a_new_start_in_a_time_range_is_estimated(
     """Where a counter fell, it is Prometheus' own increase: what was before and what came after."""
     # 0 to 100, anew, 0 to 50: 150, and what increase adds for a step at each end.
     expr = promql.in_range(X).replace("$__range", "1h")
-    values = "0x40 0+10x10 0+10x5 50x100"
-    ask(component("promtool"), tmp_path, values, "35m", f"({expr} > bool 149) * 150", 150)
-    ask(component("promtool"), tmp_path, values, "35m", f"({expr} < bool 155) * 150", 150)
+    shown = {X: "0x40 0+10x10 0+10x5 50x100"}
+    for bound in ("> bool 149", "< bool 155"):
+        ask(component("promtool"), tmp_path, shown, "35m", f"sum({expr} {bound})", {"{}": 1})

@@ -20,7 +20,7 @@ from dask_memusage_exporter.cli.tables import plural
     metavar="NAME",
     default="dask",
     show_default=True,
-    help="What metric names begin with: Dask's distributed.dashboard.prometheus.namespace.",
+    help="What scraped names begin with: Dask's distributed.dashboard.prometheus.namespace.",
 )
 @click.option(
     "--flavour",

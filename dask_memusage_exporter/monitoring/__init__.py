@@ -34,7 +34,7 @@ def files(
         names, so ``otlp`` has none.
     namespace
         Dask's ``distributed.dashboard.prometheus.namespace``; may be empty. OpenTelemetry's names
-        do not depend on it.
+        have none, so ``otlp`` takes no other than the default.
     thresholds
         Settings of the rules by name, see ``thresholds.yaml``.
 
@@ -49,6 +49,11 @@ def files(
         raise ValueError(
             "thresholds are of the alerting rules, which are for scraped names: "
             "leave them out, or use the flavour scrape"
+        )
+    if flavour == "otlp" and namespace != "dask":
+        raise ValueError(
+            f"namespace: {namespace!r} is of scraped names, and OpenTelemetry's have none: "
+            "leave it out, or use the flavour scrape"
         )
     # Checks the namespace, whatever is made of it.
     alerts = rules.rules(namespace, thresholds)

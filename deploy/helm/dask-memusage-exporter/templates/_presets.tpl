@@ -48,7 +48,10 @@ plain:
 {{- end -}}
 {{- end -}}
 
-{{/* What both kinds of monitor have in common. Arguments: root, part, role, from (service, pod). */}}
+{{/*
+What both kinds of monitor have in common. Arguments: root, part, role, from (service, pod); exemplars,
+whether it is the endpoint for them.
+*/}}
 {{- define "memusage.endpoint" -}}
 {{- $monitors := .root.Values.monitors -}}
 {{- $own := index $monitors .part -}}
@@ -60,7 +63,7 @@ port: {{ $port }}
 {{- else -}}
 {{ ternary "targetPort" "portNumber" (eq .from "service") }}: {{ int $port }}
 {{- end }}
-path: {{ $own.path }}
+path: {{ ternary "/memusage/metrics" $own.path (default false .exemplars) }}
 interval: {{ $own.interval }}
 {{- with $own.scrapeTimeout }}
 scrapeTimeout: {{ . }}
@@ -68,12 +71,23 @@ scrapeTimeout: {{ . }}
 relabelings:
   - sourceLabels: [__meta_kubernetes_{{ .from }}_label_{{ regexReplaceAll "[^a-zA-Z0-9_]" $label "_" }}]
     targetLabel: dask_cluster
+  {{- if .exemplars }}
+  # `up` of both pages would be one series; rules and dashboards join whatever the job.
+  - {sourceLabels: [job], targetLabel: job, replacement: "${1}-exemplars"}
+  {{- end }}
   {{- with $own.relabelings }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{- with $own.metricRelabelings }}
+{{- /* As in the package's prometheus.yml: what the other page has is scraped there. */}}
+{{- $elsewhere := and $monitors.exemplars.enabled (eq .part "scheduler") (not .exemplars) }}
+{{- if or $elsewhere $own.metricRelabelings }}
 metricRelabelings:
+  {{- if $elsewhere }}
+  - {sourceLabels: [__name__], regex: "(.+_)?scheduler_task_memory_.+", action: drop}
+  {{- end }}
+  {{- with $own.metricRelabelings }}
   {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 {{- end -}}
 
@@ -98,4 +112,7 @@ spec:
     {{- include "memusage.monitorSelector" . | nindent 4 }}
   {{ .endpoints }}:
     - {{- include "memusage.endpoint" . | nindent 6 }}
+    {{- if and $monitors.exemplars.enabled (eq .part "scheduler") }}
+    - {{- include "memusage.endpoint" (merge (dict "exemplars" true) .) | nindent 6 }}
+    {{- end }}
 {{- end -}}
