@@ -330,6 +330,9 @@ def test_a_worker_under_opentelemetry_instrument(nanny: str, tmp_path: Path) -> 
             # Its end, with last figures for a receiver that answers no longer, is in time.
             received.answers.clear()
             servers.client.submit(tasks.nothing, key="last-1").result()
+            # Without a nanny SIGTERM cancels what the worker's stream writes at that moment, and
+            # then distributed waits 30 s for the stream's end; once it answers, nothing is written.
+            servers.client.run(is_instrumented)
             assert worker.stop() == 0
             assert not worker.lines("still alive")
             (took,) = closed_in(worker.log)
