@@ -81,6 +81,9 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 def test_default_run_finds_the_large_file(surroundings: dict[str, Any]) -> None:
     """The one file of 25 MiB needs hundreds of MiB, the small ones next to nothing."""
     surroundings["env"] |= {
+        # What a real cluster is configured by on this machine is left out.
+        "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "true",
+        "DASK_DISTRIBUTED__COMM__DEFAULT_SCHEME": "tls",
         "DASK_MEMUSAGE__CSV__COLUMNS": "full",
         "DASK_MEMUSAGE__CSV__PATH": str(surroundings["cwd"] / "production.csv"),
     }
@@ -282,6 +285,34 @@ def test_wrong_setting_is_one_line(tmp_path: Path) -> None:
     """A wrong setting of Dask's configuration is told as any wrong call."""
     environment = {**os.environ, "DASK_MEMUSAGE__CSV__COLUMNS": "three"}
     _one_line(demo(cwd=tmp_path, env=environment), "memusage.csv.columns: 'three' is not one of")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo", "--workers", "1", "--input", "texts"], ["doctor"], ["dashboards", "--out", "o"]],
+)
+def test_full_disk_is_one_line(surroundings: dict[str, Any], arguments: list[str]) -> None:
+    """Where a verb's output cannot be written, one line says so; its files are there."""
+    (surroundings["cwd"] / "texts").mkdir()
+    (surroundings["cwd"] / "texts" / "words.txt").write_bytes(LINE)
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "dask", "memusage", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+            **surroundings,
+        )
+    assert run.returncode == 2, run
+    assert "Traceback" not in run.stderr
+    line = run.stderr.splitlines()[-1]
+    assert line.startswith("Error: standard output cannot be written (No space left on device)")
+    if arguments[0] == "demo":
+        assert len(rows(surroundings["cwd"] / "memusage.csv")) == 1
+    if arguments[0] == "dashboards":
+        assert (surroundings["cwd"] / "o" / "prometheus.yml").exists()
 
 
 def test_unknown_verb_is_one_line() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dask_memusage_exporter import monitoring
-from dask_memusage_exporter.cli.command import InputError, Verb
+from dask_memusage_exporter.cli.command import InputError, Verb, say
 from dask_memusage_exporter.cli.tables import plural
 
 
@@ -65,11 +65,11 @@ def dashboards(
             file = out / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-            click.echo(file)
     except OSError as error:
         raise InputError(
             f"cannot write {error.filename or directory}: {error.strerror}; choose another --out"
         ) from None
+    say("\n".join(str(out / name) for name in made))
     click.echo(f"{plural(len(made), 'file')}; --help tells where each goes.", err=True)
 
 

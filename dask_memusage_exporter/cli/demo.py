@@ -19,7 +19,7 @@ from typing import NoReturn
 import click
 
 from dask_memusage_exporter.cli import report, texts
-from dask_memusage_exporter.cli.command import InputError, Verb
+from dask_memusage_exporter.cli.command import InputError, Verb, say
 from dask_memusage_exporter.cli.local import measured_cluster
 from dask_memusage_exporter.config import ConfigError, Settings
 
@@ -122,7 +122,7 @@ def demo(
                 serves=serve,
                 no_jemalloc=cluster.no_jemalloc,
             )
-            click.echo(report.as_json(result) if as_json else report.as_text(result))
+            say(report.as_json(result) if as_json else report.as_text(result))
             if serve:
                 _serve()
 

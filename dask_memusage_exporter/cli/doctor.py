@@ -19,7 +19,7 @@ import click
 
 from dask_memusage_exporter import __version__
 from dask_memusage_exporter.cli.advice import Advice, of_cluster, of_machine
-from dask_memusage_exporter.cli.command import Verb
+from dask_memusage_exporter.cli.command import Verb, say
 from dask_memusage_exporter.cli.examination import Cluster, Machine, ask, examine
 from dask_memusage_exporter.cli.tables import UNKNOWN, WIDTH, plural, table
 from dask_memusage_exporter.config import ConfigError, Settings
@@ -51,9 +51,9 @@ def doctor(*, address: str | None, as_json: bool) -> None:
         cluster = ask(address)
         advice += of_cluster(cluster)
     if as_json:
-        click.echo(json.dumps(_document(machine, cluster, advice), indent=2))
+        say(json.dumps(_document(machine, cluster, advice), indent=2))
     else:
-        click.echo("\n".join(_text(machine, cluster, advice)))
+        say("\n".join(_text(machine, cluster, advice)))
     if any(one.wrong for one in advice):
         raise click.exceptions.Exit(1)
 

@@ -48,6 +48,9 @@ _CONFIG: dict[str, Any] = {
     # What preloads do for a real cluster has no place here.
     "distributed.scheduler.preload": [],
     "distributed.nanny.preload": [],
+    # Nor its certificates: what is sent stays on this machine.
+    "distributed.comm.require-encryption": False,
+    "distributed.comm.default-scheme": "tcp",
     # A task that kills its worker should not take those with it that only wait there.
     "distributed.scheduler.worker-saturation": 1.0,
 }
