@@ -103,7 +103,8 @@ class Hooks:
     def _take_off(self, thread: int) -> None:
         """Take off what has ended on this thread without a word: an actor's method that raised."""
         bracket, measuring, is_task = self._by_thread.pop(thread)
-        measuring.tracker.abandon(bracket)
+        with measuring.health.guard("start"):
+            measuring.tracker.abandon(bracket)
         self._spans.take_off(bracket, is_task, measuring.health)
 
     def on_stop(self, thread: int, key: Key) -> None:
@@ -114,16 +115,20 @@ class Hooks:
         began = perf_counter()
         bracket, measuring, is_task = opened
         bracket.seconds = began - bracket.opened
+        goes_on = not is_task
         try:
             if is_task:
                 self._runs(key, False)
             if measuring.shut(bracket) and is_task and self.measuring is measuring:
                 self._closed[key] = bracket
+                goes_on = True
         except Exception as error:
             measuring.health.error("stop", error)
         if bracket.span is not None:
             with measuring.health.guard("export"):
                 bracket.span.leave()
+                if not goes_on:  # no record will end it
+                    bracket.span.drop()
         bracket.stop_seconds = perf_counter() - began
         if not is_task:
             measuring.spent(bracket)
