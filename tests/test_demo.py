@@ -189,11 +189,11 @@ def test_tasks_that_overlap(
         assert ("/no/such/libjemalloc.so.2: there is no such file" in text) == (" " in source)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_serve_stays_up_for_a_scrape(
     surroundings: dict[str, Any], folder: Path, number: signal.Signals
 ) -> None:
-    """/metrics has the tasks until Ctrl-C or SIGTERM, then the demo ends with 0."""
+    """/metrics has the tasks until Ctrl-C, SIGTERM or the terminal's end; then it ends with 0."""
     process = start("--input", str(folder), "--serve", "--json", **surroundings)
     assert process.stdout is not None
     text = ""
@@ -210,10 +210,10 @@ def test_serve_stays_up_for_a_scrape(
     assert Metrics.read(scheduler).total(name) == len(workers) == 2
     assert counted(workers, "calculate_top_10") == report["input"]["files"]
 
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # a terminal sends it to the workers too
-    else:
+    if number == signal.SIGTERM:
         process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)  # a terminal sends it to the workers too
     rest, notes = process.communicate(timeout=60)
     assert process.returncode == 0
     assert rest == ""

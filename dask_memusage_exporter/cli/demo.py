@@ -151,7 +151,7 @@ class _Signalled(SystemExit):
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM unwind the main thread, so that everything is closed and removed."""
+    """Let signals that end us unwind the main thread, so that everything is closed and removed."""
     ends = False
 
     def end(number: int, _: FrameType | None) -> NoReturn:
@@ -164,7 +164,10 @@ def _signals_raise() -> Iterator[None]:
             os.write(2, b"\nEnding ...\n")  # and no stream: one may be in use just now
         raise _Signalled(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
