@@ -131,10 +131,14 @@ def test_a_cluster_on_jemalloc(make_cluster: Callable[..., LocalCluster]) -> Non
 
 
 def test_a_cluster_that_is_not_measured(make_cluster: Callable[..., LocalCluster]) -> None:
-    """It says how to begin."""
-    found = doctor("--scheduler", make_cluster().scheduler_address, code=1)
+    """It says how to begin, and not that the scheduler's page has anything."""
+    address = make_cluster().scheduler_address
+    found = doctor("--scheduler", address, code=1)
     assert found["cluster"]["sources"] == {"missing": 1}
     assert "call dask_memusage_exporter.install(client)" in advice(found)
+    text = run_cli("memusage", "doctor", "--scheduler", address).stdout
+    assert "Cluster " in text
+    assert "The scheduler's own /metrics" not in text
 
 
 def test_a_worker_that_does_not_answer(

@@ -86,10 +86,11 @@ def _text(machine: Machine, cluster: Cluster | None, advice: Sequence[Advice]) -
         head = ("worker", "name", "threads", "source", "version", "/metrics")
         yield from ("  " + line for line in table(head, rows, "<<><<>"))
         yield from _whys(cluster.workers)
-        yield (
-            "  The scheduler's own /metrics, at port "
-            f"{cluster.scheduler['metrics_port'] or UNKNOWN}, has the whole cluster's tasks."
-        )
+        if cluster.scheduler["measures"]:
+            yield (
+                "  The scheduler's own /metrics, at port "
+                f"{cluster.scheduler['metrics_port'] or UNKNOWN}, has the whole cluster's tasks."
+            )
     yield ""
     if not advice:
         yield "Nothing to mend."
