@@ -11,7 +11,7 @@ from dask_memusage_exporter.cli.command import InputError, Verb, say
 from dask_memusage_exporter.cli.tables import plural
 
 
-@click.command(cls=Verb)
+@click.command(cls=Verb, short_help="Write dashboards, alerting rules and runbooks.")
 @click.option(
     "--out", "directory", metavar="DIR", required=True, help="Write here; made if it is not there."
 )

@@ -28,7 +28,7 @@ from dask_memusage_exporter.config import ConfigError, Settings
 _NAMED = 3
 
 
-@click.command(cls=Verb)
+@click.command(cls=Verb, short_help="Tell how memory is measured, and what would be better.")
 @click.option(
     "--scheduler", "address", metavar="ADDRESS", help="Ask this cluster too; tcp://HOST:PORT."
 )

@@ -20,9 +20,10 @@ from dask_memusage_exporter.cli import probe
 from dask_memusage_exporter.cli.command import InputError
 from dask_memusage_exporter.config import Settings
 
-#: Seconds to wait for a scheduler, and for the workers' answers.
+#: Seconds to wait for a scheduler, and for each worker's answer; how many are asked at once.
 CONNECT_TIMEOUT = 5
 ANSWER_TIMEOUT = 10
+AT_ONCE = 100
 
 
 class Machine(NamedTuple):
@@ -114,19 +115,16 @@ async def _answers(
 
     One that is stopped, or whose task holds the GIL, answers nobody, and must not hold up the rest.
     """
-    asked = [
-        asyncio.ensure_future(client.run(function, workers=[one], on_error="ignore", **options))
-        for one in workers
-    ]
-    if not asked:
-        return {}
-    done, late = await asyncio.wait(asked, timeout=ANSWER_TIMEOUT)
-    for one in late:
-        one.cancel()
     answers: dict[str, Any] = {}
-    for answer in done:
-        with suppress(Exception):  # it has left meanwhile
-            answers.update(answer.result())
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def ask_one(worker: str) -> None:
+        async with turn:
+            asked = client.run(function, workers=[worker], on_error="ignore", **options)
+            with suppress(Exception):  # no answer, or it has left meanwhile
+                answers.update(await asyncio.wait_for(asked, ANSWER_TIMEOUT))
+
+    await asyncio.gather(*map(ask_one, workers))
     return answers
 
 
