@@ -21,7 +21,7 @@ prometheus.io/path: {{ $own.path }}
 {{- define "memusage.podLabels" -}}
 {{- $own := default dict (index .root.Values.cluster .role).podLabels | deepCopy -}}
 {{- $ours := dict "app.kubernetes.io/component" .role "dask_cluster" (include "memusage.cluster" .root) -}}
-{{- include "memusage.labelsWith" (dict "root" .root "more" (mergeOverwrite $own $ours)) -}}
+{{- include "memusage.labelsWith" (dict "root" .root "more" (mergeOverwrite $own $ours) "pod" true) -}}
 {{- end -}}
 
 {{/* Arguments further: scrape, annotations as YAML. */}}
