@@ -55,7 +55,7 @@ volumeMounts:
 scheduler:
   env:  # nothing can be mounted there
     {{- if .Values.package.install }}
-    - {name: EXTRA_PIP_PACKAGES, value: {{ append .Values.package.pipArgs .Values.package.requirement | join " " | quote }}}
+    - {name: EXTRA_PIP_PACKAGES, value: {{ append .Values.package.pipArgs (include "memusage.requirement" .) | join " " | quote }}}
     {{- end }}
     {{- range include "memusage.daskEnvironment" . | fromJsonArray }}
     - {{ toJson . }}
@@ -63,7 +63,7 @@ scheduler:
 worker:
   env:
     {{- if .Values.package.install }}
-    - {name: EXTRA_PIP_PACKAGES, value: {{ append .Values.package.pipArgs .Values.package.requirement | join " " | quote }}}
+    - {name: EXTRA_PIP_PACKAGES, value: {{ append .Values.package.pipArgs (include "memusage.requirement" .) | join " " | quote }}}
     {{- end }}
     - {name: DASK_CONFIG, value: {{ include "memusage.configPath" . }}}
     {{- with .Values.config.environment }}
