@@ -180,7 +180,7 @@ volumes:
   - name: scratch
     emptyDir: {sizeLimit: {{ $own.scratchSize }}}
   - name: tmp
-    emptyDir: {sizeLimit: 256Mi}
+    emptyDir: {sizeLimit: {{ $own.scratchSize }}}
   {{- if $values.package.install }}
   - name: dask-memusage
     emptyDir: {sizeLimit: {{ $values.package.sizeLimit }}}
