@@ -123,6 +123,11 @@ WRONG: list[tuple[str, list[str], str]] = [
         ),
         r"two volumes of the worker are mounted at /tmp; see .*memusage.flight-directory",
     ),
+    (
+        "a relative path",
+        settings(**{"config__memusage__flight-directory": "~/flight"}),
+        r"flight-directory: a volume is mounted there, and ~/flight is no absolute path",
+    ),
     ("no command", settings(cluster__command=None), r"cluster.*command"),
     ("an empty command", settings(cluster__command=[]), r"cluster.command.*(items|minItems)"),
     (
