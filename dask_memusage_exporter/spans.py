@@ -120,11 +120,7 @@ class TaskSpan:
 
     def span(self) -> Span:
         """Return the SDK's span, made where it is not there yet. On any thread; never raises."""
-        made = self.made
-        if made is None:
-            with self.owner.making:
-                made = self.owner.make(self) if self.made is None else self.made
-        return made
+        return self.owner.span_of(self) if self.made is None else self.made
 
     def leave(self) -> None:
         """Take it off this thread again, where :meth:`Spans.enter` was called."""
@@ -197,8 +193,9 @@ class Spans:
         # As many wait as the SDK lets wait, for a processor that holds them up.
         self._most = queue_size()
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        #: Held while the SDK's span of a task is made.
-        self.making = threading.Lock()
+        # Held while the SDK's span of a task is made. The garbage collector may run then, and with
+        # it somebody's finalizer that asks for another's.
+        self._making = threading.RLock()
         self._closed = False
         self._thread = threading.Thread(target=self._end_all, name="memusage-spans", daemon=True)
         self._thread.start()
@@ -219,7 +216,7 @@ class Spans:
             return None
         one = TaskSpan(self, key, prefix, task, worker)
         if self._early:
-            self.make(one)
+            self._make(one)
         return one
 
     def enter(self, one: TaskSpan) -> None:
@@ -235,7 +232,14 @@ class Spans:
 
     # -- wherever the SDK's span is first needed -----------------------------------------
 
-    def make(self, one: TaskSpan) -> Span:
+    def span_of(self, one: TaskSpan) -> Span:
+        """Return the SDK's span, made once. On any thread; never raises."""
+        if os.getpid() != self._pid:
+            return INVALID_SPAN  # nobody would end it, and who was making one is not here any more
+        with self._making:
+            return self._make(one) if one.made is None else one.made
+
+    def _make(self, one: TaskSpan) -> Span:
         """Start the SDK's span, as of when the task began. Never raises."""
         # What the SDK says or counts meanwhile is in no span, least of all in this one.
         token = otel_context.attach(Context())
@@ -326,6 +330,7 @@ class Spans:
     def _lose(self, one: TaskSpan) -> None:
         if one.span().is_recording():  # else nobody would have had it
             self.health.drop("span_export")
+        one.failure = None
 
     def _forget(self, one: TaskSpan) -> None:
         """Wait for it no longer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ import dask
 import pytest
 from opentelemetry import baggage, context
 from opentelemetry.context import Context
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler, TraceIdRatioBased
 from opentelemetry.trace import get_current_span, set_span_in_context
@@ -171,6 +174,45 @@ def test_whoever_has_a_tasks_context_has_its_span(here: Callable[..., Here]) -> 
     assert not get_current_span().get_span_context().is_valid
 
 
+def test_a_tasks_context_is_not_an_empty_one(here: Callable[..., Here]) -> None:
+    """Much code asks for ``context or get_current()``: the SDK's metrics do, of what they are given
+    on another thread, and their exemplars name the task's span."""
+    one, reader = here(), InMemoryMetricReader()
+    meters = MeterProvider([reader], shutdown_on_exit=False)
+    counter = meters.get_meter("shop").create_counter("rows")
+
+    def task() -> None:
+        current = context.get_current()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(counter.add, 7, context=current).result()
+
+    one.run(task)
+    data: Any = reader.get_metrics_data()
+    (point,) = data.resource_metrics[0].scope_metrics[0].metrics[0].data.data_points
+    assert [exemplar.span_id for exemplar in point.exemplars] == [
+        span.context.span_id for span in one.end().ended
+    ]
+    meters.shutdown()
+
+
+def test_a_child_that_is_forked_elsewhere_makes_none(
+    here: Callable[..., Here], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be another one than its parent's, sent by nobody; and who was making one when it was
+    forked would never have done so there."""
+    one, left = here(), []
+
+    def in_child() -> None:
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with ThreadPoolExecutor(1) as pool, one.spans._making:
+            left.append(pool.submit(get_current_span, context.get_current()).result(10))
+        monkeypatch.undo()
+
+    one.run(in_child)
+    assert not left[0].get_span_context().is_valid
+    assert len(one.end().ended) == 1
+
+
 def test_what_is_not_kept_is_not_made(here: Callable[..., Here]) -> None:
     """Unless the task asks, and with a child it stays."""
     one = here(peak="1MiB")
@@ -269,6 +311,31 @@ def test_what_the_sdk_does_meanwhile_may_ask_for_the_span(
     assert seen == [False, True]
 
 
+@pytest.mark.timeout(30)
+def test_a_finalizer_may_ask_for_anothers_span(
+    here: Callable[..., Here], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs wherever the garbage collector does: also where a span is just being made."""
+    one, seen = here(), []
+    other = one.spans.start("key-2", "key", None, "worker")
+    assert other is not None
+    start = one.spans._tracer.start_span
+
+    def collects(*arguments: Any) -> Any:
+        if not seen:
+            seen.append(None)
+            seen.append(other.span())
+        return start(*arguments)
+
+    monkeypatch.setattr(one.spans._tracer, "start_span", collects)
+    one.run(lambda: seen.append(get_current_span()))
+    _, anothers, own = seen
+    assert anothers is other.span()
+    assert anothers.get_span_context().is_valid
+    assert own.get_span_context().is_valid
+    assert own is not anothers
+
+
 def test_a_context_that_is_left_somewhere_holds_no_exception(here: Callable[..., Here]) -> None:
     """A task may have handed it on, to what lives for days."""
     one, left = here(peak="1TiB"), []
@@ -280,3 +347,9 @@ def test_a_context_that_is_left_somewhere_holds_no_exception(here: Callable[...,
     (told,) = one.end().ended
     assert told.attributes["error.type"] == "ValueError"
     assert ended.failure is failing.failure is None
+    lost = here(most=0)
+    failing = lost.spans.start("key-2", "key", None, "worker")
+    assert failing is not None
+    failing.fail(ValueError("on purpose"))
+    failing.finish(record("key"))
+    assert failing.failure is None
