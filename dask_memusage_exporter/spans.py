@@ -392,8 +392,8 @@ class Spans:
         span: Any = one.span()
         context: SpanContext = span.get_span_context()
         # A sampler says so at a span's start, and nothing public says it later; another SDK's span
-        # stays open.
-        if getattr(span, "_context", None) is not context:
+        # stays open, and so does one that only passes on what it is asked to one of this SDK's.
+        if getattr(span, "__dict__", _NOTHING).get("_context") is not context:
             return
         if record is not None:
             span.set_attributes(self._attributes(one, record))

@@ -6,12 +6,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import dask
 import pytest
-from opentelemetry import baggage, context
+from opentelemetry import baggage, context, trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -19,6 +20,7 @@ from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler, TraceIdRatioBased
 from opentelemetry.trace import get_current_span, set_span_in_context
 
+from dask_memusage_exporter import providers
 from dask_memusage_exporter.aggregate import Aggregate
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.health import Health
@@ -91,15 +93,19 @@ class Heard(SpanProcessor):
 class Here:
     """Spans of tasks that run on the test's own thread."""
 
-    def __init__(self, sampler: Sampler, most: int, keep: dict[str, Any]) -> None:
+    def __init__(
+        self, sampler: Sampler, most: int, wrap: Callable[[Any], Any] | None, keep: dict[str, Any]
+    ) -> None:
         self.heard, self.health = Heard(), Health()
-        self.provider = provider = TracerProvider(sampler, shutdown_on_exit=False)
-        provider.add_span_processor(self.heard)
+        self.provider: Any = TracerProvider(sampler, shutdown_on_exit=False)
+        self.provider.add_span_processor(self.heard)
+        if wrap is not None:
+            self.provider = wrap(self.provider)
         with dask.config.set({f"memusage.spans.keep.{name}": it for name, it in keep.items()}):
             settings = Settings.load()
         self.spans = Spans(
-            provider,
-            guest=False,
+            self.provider,
+            guest=wrap is not None,
             settings=settings,
             aggregate=Aggregate(bounds=(10,), max_prefixes=9, maximum_window=600),
             health=self.health,
@@ -124,12 +130,13 @@ class Here:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Here]]:
-    """Returns what makes spans of tasks here, by a sampler and settings of ``spans.keep``."""
+    """Returns what makes spans of tasks here, by a sampler and settings of ``spans.keep``, or as a
+    guest of an application's provider, which wraps the SDK's."""
     monkeypatch.delenv("OTEL_TRACES_SAMPLER", raising=False)
     made: list[Here] = []
 
-    def make(sampler: Sampler = ALWAYS_ON, most: int = 2048, **keep: Any) -> Here:
-        made.append(Here(sampler, most, keep))
+    def make(sampler: Sampler = ALWAYS_ON, most: int = 2048, wrap: Any = None, **keep: Any) -> Here:
+        made.append(Here(sampler, most, wrap, keep))
         return made[-1]
 
     yield make
@@ -229,6 +236,51 @@ def test_what_is_not_kept_is_not_made(here: Callable[..., Here]) -> None:
     assert get_current_span(late[0]).is_recording()  # though nobody will have it
     assert one.spans._watch is not None
     assert not one.spans._watch.open
+
+
+def test_an_application_whose_provider_has_the_sdks_behind_it(here: Callable[..., Here]) -> None:
+    """As Logfire's and Snowflake's: it is theirs and not the API's stand-in, it need have no hash,
+    and what is left out of its spans does not reach what is behind it."""
+    assert providers.reaches(ProxyTracerProvider(TracerProvider()))
+    assert not providers.reaches(trace.ProxyTracerProvider())
+    one = here(wrap=ProxyTracerProvider, peak="1MiB")
+    one.run()
+    one.run(peak=2 * 2**20)
+    one.run(lambda: note_parent(get_current_span().get_span_context()))
+    heard = one.end()
+    assert [span.attributes["dask.task.memory.peak"] for span in heard.ended] == [2 * 2**20, 1]
+    assert len(heard.made_by) == 3
+    assert not one.health.errors["export"]
+
+
+@dataclass
+class ProxyTracerProvider(trace.TracerProvider):
+    """An application's own, which only passes on."""
+
+    behind: TracerProvider
+
+    def get_tracer(self, *arguments: Any, **options: Any) -> Any:
+        return ProxyTracer(self.behind.get_tracer(*arguments, **options))
+
+    def add_span_processor(self, processor: Any) -> None:
+        self.behind.add_span_processor(processor)
+
+
+@dataclass
+class ProxyTracer:
+    behind: Any
+
+    def start_span(self, *arguments: Any) -> Any:
+        return ProxySpan(self.behind.start_span(*arguments))
+
+
+@trace.Span.register
+@dataclass
+class ProxySpan:
+    behind: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.behind, name)
 
 
 def test_a_share_of_spans_is_sampled(here: Callable[..., Here]) -> None:
