@@ -18,7 +18,7 @@ from dask_memusage_exporter.per_provider import PerProvider
 from dask_memusage_exporter.records import TaskMemory
 
 if TYPE_CHECKING:
-    from dask_memusage_exporter.spans import TaskSpan
+    from dask_memusage_exporter.task_span import TaskSpan
 
 
 class Keep:

@@ -25,7 +25,8 @@ from dask_memusage_exporter.aggregate import Aggregate
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.keep import note_parent
-from dask_memusage_exporter.spans import Spans, TaskSpan
+from dask_memusage_exporter.spans import Spans
+from dask_memusage_exporter.task_span import TaskSpan
 from tests import tasks, tasks_spans
 from tests.conftest import Measured, cluster_total
 from tests.receivers import Received
@@ -339,7 +340,7 @@ def test_an_sdk_that_fails_does_not_fail_a_task(
     def fail(*_: Any) -> None:
         raise ValueError("on purpose")
 
-    monkeypatch.setattr(one.spans._tracer, "start_span", fail)
+    monkeypatch.setattr(one.spans._starter._tracer, "start_span", fail)
     one.run(lambda: get_current_span().set_attribute("rows", 7))
     one.run()
     one.end()
@@ -352,13 +353,13 @@ def test_what_the_sdk_does_meanwhile_may_ask_for_the_span(
 ) -> None:
     """As what it logs does, and its own metrics: they are in no span, and nobody hangs."""
     one, seen = here(), []
-    start = one.spans._tracer.start_span
+    start = one.spans._starter._tracer.start_span
 
     def asks(*arguments: Any) -> Any:
         seen.append(get_current_span().get_span_context().is_valid)
         return start(*arguments)
 
-    monkeypatch.setattr(one.spans._tracer, "start_span", asks)
+    monkeypatch.setattr(one.spans._starter._tracer, "start_span", asks)
     one.run(lambda: seen.append(get_current_span().get_span_context().is_valid))
     assert seen == [False, True]
 
@@ -371,7 +372,7 @@ def test_a_finalizer_may_ask_for_anothers_span(
     one, seen = here(), []
     other = one.spans.start("key-2", "key", None, "worker")
     assert other is not None
-    start = one.spans._tracer.start_span
+    start = one.spans._starter._tracer.start_span
 
     def collects(*arguments: Any) -> Any:
         if not seen:
@@ -379,7 +380,7 @@ def test_a_finalizer_may_ask_for_anothers_span(
             seen.append(other.span())
         return start(*arguments)
 
-    monkeypatch.setattr(one.spans._tracer, "start_span", collects)
+    monkeypatch.setattr(one.spans._starter._tracer, "start_span", collects)
     one.run(lambda: seen.append(get_current_span()))
     _, anothers, own = seen
     assert anothers is other.span()
