@@ -114,16 +114,20 @@ class Hooks:
         began = perf_counter()
         bracket, measuring, is_task = opened
         bracket.seconds = began - bracket.opened
+        waits = False  # for its transition
         try:
             if is_task:
                 self._runs(key, False)
             if measuring.shut(bracket) and is_task and self.measuring is measuring:
                 self._closed[key] = bracket
+                waits = True
         except Exception as error:
             measuring.health.error("stop", error)
         if bracket.span is not None:
             with measuring.health.guard("export"):
                 bracket.span.leave()
+                if is_task and not waits:
+                    bracket.span.drop()
         bracket.stop_seconds = perf_counter() - began
         if not is_task:
             measuring.spent(bracket)
