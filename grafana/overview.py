@@ -222,7 +222,9 @@ OVER_TIME = Row(
         ),
         Lines(
             "Tasks ended by prefix",
-            "How many tasks each step's other panels speak of. Few tasks make quantiles jump.",
+            """How many tasks each step's other panels speak of. Few tasks make quantiles jump. The
+            first steps begin before the range, so the totals here are a little above those of the
+            tables.""",
             (
                 Query(
                     by_prefix("sum", gained("<task_memory_tasks_total>")) + " > 0",
