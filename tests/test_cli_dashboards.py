@@ -48,7 +48,7 @@ def test_it_writes_all_that_a_team_needs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert written(out) == WRITTEN | EXAMPLES
     assert {str(Path(line).relative_to(out)) for line in done.stdout.splitlines()} == written(out)
-    assert "20 files; --help tells" in done.stderr
+    assert "21 files; --help tells" in done.stderr
     text = (out / "dashboards" / "overview.json").read_text()
     assert json.loads(text)["uid"] == "dask-memusage-overview"
     assert "acme_scheduler_task_memory_peak_bytes_bucket{" in text
@@ -119,7 +119,7 @@ def test_what_others_wrote_is_not_overwritten(tmp_path: Path) -> None:
     assert theirs.read_text().startswith("# A scrape configuration")
     # Once more: all is there and the same.
     assert run_cli(*VERB, "--out", str(tmp_path)).returncode == 0
-    assert "and 15 more" in refused("--out", str(tmp_path), "--namespace", "acme")
+    assert "and 16 more" in refused("--out", str(tmp_path), "--namespace", "acme")
 
 
 @pytest.mark.parametrize(
