@@ -90,12 +90,18 @@ def test_the_files_fit_together(tmp_path: Path, component: Callable[[str], str])
 
 
 def test_thresholds_are_put_into_the_rules(tmp_path: Path) -> None:
-    """Each that is given, the others at their defaults."""
+    """Each that is given, the others at their defaults; the alert's page does not say otherwise."""
     done = run_cli(*VERB, "--out", str(tmp_path), "--threshold", "near-limit-percent=77")
     assert done.returncode == 0, done.stderr
     rules = (tmp_path / "rules" / "dask-memusage.yaml").read_text()
     assert "77" in rules
     assert yaml.safe_load(rules)["groups"]
+    said = "**Set otherwise than this page says:** `near-limit-percent` is `77`, not 90.\n\n## "
+    pages = {page.stem: page.read_text() for page in (tmp_path / "runbooks").glob("*.md")}
+    assert [name for name, text in pages.items() if "Set otherwise" in text] == [
+        "DaskTaskMemoryNearWorkerLimit"
+    ]
+    assert said in pages["DaskTaskMemoryNearWorkerLimit"]
 
 
 def test_the_flavour_for_otlp(tmp_path: Path) -> None:

@@ -198,6 +198,8 @@ def test_queries_of_the_runbooks_are_right(
     used = set(re.findall(r"%([a-z-]{3,})%", _template_of(name) + RECORDED))
     assert named, "no setting is named"
     assert named <= used
+    for setting, default in re.findall(r"`([a-z-]+)` \(([^)]+)\)", tuned):
+        assert default == str(thresholds()[setting]["default"])
 
 
 def _template_of(name: str) -> str:
