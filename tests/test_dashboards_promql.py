@@ -145,6 +145,7 @@ def test_a_prefix_whose_tasks_were_all_killed_has_its_page(
         f'{of}_peak_maximum_bytes{{task_prefix_name="load"}}': "7x100",
         f'{of}_killed_tasks_total{{cause="lost",task_prefix_name="load"}}': "0x100",
         f'{of}_killed_tasks_total{{cause="lost",task_prefix_name="join"}}': "0x20 2x80",
+        f'{of}_killed_tasks_total{{cause="lost",task_prefix_name="__overflow__"}}': "0x100",
     }
     offered = {'{task_prefix_name="load"}': 7, '{task_prefix_name="join"}': 0}
     ask(component("promtool"), tmp_path, shown, "20m", expr, offered)
