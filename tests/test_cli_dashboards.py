@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,17 @@ def test_thresholds_are_put_into_the_rules(tmp_path: Path) -> None:
         "DaskTaskMemoryNearWorkerLimit"
     ]
     assert said in pages["DaskTaskMemoryNearWorkerLimit"]
+
+
+def test_all_is_written_though_nobody_reads_the_names(tmp_path: Path) -> None:
+    """As with `| head`: the files are there, and nothing says that they cannot be written."""
+    command = [sys.executable, "-m", "dask", *VERB, "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert b"cannot write" not in process.stderr.read()
+    assert written(tmp_path) == WRITTEN | EXAMPLES
 
 
 def test_the_flavour_for_otlp(tmp_path: Path) -> None:
