@@ -244,10 +244,9 @@ GREW = Row(
         Table(
             "Mean memory, in the time range and before it",
             """Exact means of the time range beside those of the tasks that ran before it, in
-            clusters seen in the time called Baseline. Red grew by as much as
-            makes an alert: click it, and see
-            whether its inputs grew as well or the code did. No value before: a new prefix, or too
-            short a baseline.""",
+            clusters seen in the time called Baseline. Red grew by as much as makes an alert by
+            default: click it, and see whether its inputs grew as well or the code did. No value
+            before: a new prefix, or too short a baseline.""",
             PREFIX,
             (
                 Column("Peak changed", _change(PEAK), "percentunit", CHANGE, decimals=0),
