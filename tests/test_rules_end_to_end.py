@@ -32,6 +32,8 @@ SHORT = {
     "regression-for": "0s",
     "regression-minimum-tasks": 5,
     "event-seconds": 60,
+    # What a worker that is killed has not reported yet is lost with it.
+    "dropped-records": 1000,
 }
 
 
