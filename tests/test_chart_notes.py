@@ -204,6 +204,22 @@ def test_notes_where_the_kinds_are_not(helm: Helm, tmp_path: Path) -> None:
     assert "Rules" not in helm.notes(*settings(monitors__enabled=False, rules__enabled=False))
 
 
+def test_notes_where_clusters_have_new_names(helm: Helm, tmp_path: Path) -> None:
+    """The gateway's have no baseline of their own: that is said, until one is chosen."""
+    groups: dict[str, dict[str, str]] = {
+        "gateway": {},
+        "chosen": {"rules__thresholds__group-labels": "namespace"},
+    }
+    said = {
+        name: helm.notes_where(
+            (MONITORING,), tmp_path / name, *settings(monitors__preset="gateway", **given)
+        )
+        for name, given in groups.items()
+    }
+    assert "group-labels=namespace" in said["gateway"]
+    assert "group-labels" not in said["chosen"]
+
+
 def test_others_chart_takes_what_the_notes_say(helm: Helm, tmp_path: Path) -> None:
     """The operator's own chart with the printed values has the label on both monitors."""
     import dask_kubernetes

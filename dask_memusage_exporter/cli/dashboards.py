@@ -65,11 +65,13 @@ def dashboards(
             file = out / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-            click.echo(file)
     except OSError as error:
         raise InputError(
             f"cannot write {error.filename or directory}: {error.strerror}; choose another --out"
         ) from None
+    # Only then: whoever reads this may stop to, as `| head` does.
+    for name in made:
+        click.echo(out / name)
     click.echo(f"{plural(len(made), 'file')}; --help tells where each goes.", err=True)
 
 
