@@ -331,7 +331,12 @@ class Aggregate:
 
 def to_label(prefix: str) -> str:
     """Return a prefix as a label: of bounded length, and such that the page can be encoded."""
-    return prefix[:LABEL_LENGTH].encode("utf-8", "replace").decode()
+    return to_text(prefix[:LABEL_LENGTH])
+
+
+def to_text(text: str) -> str:
+    """Return text such that it can be encoded: names of files may have what is no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def fingerprint(bounds: Sequence[int]) -> int:

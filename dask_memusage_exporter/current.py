@@ -3,9 +3,10 @@
 Most tasks have no instrumentation of their own: between their start and their end nobody looks.
 Then the span can wait for a thread of ours, and a task's own thread only notes that there is one.
 
-Covers: whatever asks by OpenTelemetry's API, in any thread, coroutine or forked child to which the
-context has been handed on.
-Does not cover: who goes through a context as a plain dict; the key of its span is not public.
+Covers: whatever asks by OpenTelemetry's API, in any thread or coroutine to which the context has
+been handed on, and in a forked child of the thread on which it is current.
+Does not cover: who goes through a context as a plain dict, by a key of its span's that is not
+public; a child that is forked elsewhere, by whom no span of its parent's can be made any more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from opentelemetry.trace import Span, get_current_span, set_span_in_context
 class LazyContext(Context):
     """A context whose span is made at the first look into it.
 
-    The API looks by ``get`` (``get_value``) and ``copy`` (``set_value``), and by nothing else.
+    The API looks by ``get`` (``get_value``) and ``copy`` (``set_value``), and by nothing else. But
+    what takes a context, the SDK's own metrics among it, writes ``context or get_current()``: so it
+    is not empty.
 
     Parameters
     ----------
@@ -44,6 +47,10 @@ class LazyContext(Context):
         """Return all that is in it, as a dict does."""
         self._fill()
         return super().copy()
+
+    def __len__(self) -> int:
+        self._fill()
+        return super().__len__()
 
     def _fill(self) -> None:
         make = self._make

@@ -123,6 +123,7 @@ class Deaths:
         self._settled: OrderedDict[str, tuple[_Death | None, bool]] = OrderedDict()
         self._memory_kills: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def hello(self, worker: str, home: Mapping[str, Any]) -> None:
         """Take note of a worker's flight file, and of what it found of others."""
@@ -185,7 +186,7 @@ class Deaths:
 
     def event(self, topic: str, message: Any) -> None:
         """Hear the scheduler's events (``SchedulerPlugin.log_event``)."""
-        if not isinstance(message, Mapping):
+        if self._closed or not isinstance(message, Mapping):
             return
         if topic == "worker-restart-memory":
             self._memory_kills[str(message.get("worker"))] = (
@@ -207,7 +208,8 @@ class Deaths:
             self._spawn(self._settle(death))
 
     def close(self) -> None:
-        """Ask and wait no longer."""
+        """Ask and wait no longer: a scheduler that closes loses all its workers."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
 

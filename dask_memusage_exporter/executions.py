@@ -179,7 +179,12 @@ class Executions:
     ) -> TaskMemory:
         measuring.spent(bracket)
         key, prefix, *rest = facts
-        window = measuring.settle(bracket, before)
+        try:
+            window = measuring.settle(bracket, before)
+        except Exception:
+            if bracket.span is not None:
+                bracket.span.drop()
+            raise
         record = TaskMemory(key, prefix, self._worker.address, *window, *rest)
         if bracket.span is not None:
             bracket.span.finish(record, self._reporter.exemplify)

@@ -18,6 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import set_span_in_context
 
 from dask_memusage_exporter import __version__, providers
+from dask_memusage_exporter.aggregate import to_text
 
 SCOPE_NAME = "dask_memusage_exporter"
 
@@ -37,24 +38,24 @@ class Failure(NamedTuple):
 
     def told(self) -> tuple[str, str]:
         """Return the exception's type, as the semantic conventions name it, and its message."""
-        error = self.error
-        if isinstance(error, (bytes, bytearray, memoryview)):
-            try:
+        try:
+            error, message = self.error, self.text
+            if isinstance(error, (bytes, bytearray, memoryview)):
                 error = pickle.loads(error)
-            except BaseException:  # whatever a user's class does: this thread must live
-                error = None
-        if not isinstance(error, BaseException):
-            return self.text.partition("(")[0] or "_OTHER", self.text
-        kind = type(error)
-        name = kind.__qualname__
-        return name if kind.__module__ == "builtins" else f"{kind.__module__}.{name}", str(error)
+            if isinstance(error, BaseException):
+                kind, message = type(error), str(error)
+                module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+                return to_text(module + kind.__qualname__), to_text(message)
+        except BaseException:  # whatever a user's class does: this thread must live
+            message = self.text
+        return to_text(message.partition("(")[0]) or "_OTHER", to_text(message)
 
 
 def tell(span: Any, kind: str, message: str, traceback: str, when: int) -> None:
     """Tell an exception: by a log record where there is somebody for it, else by a span event."""
     about = {"exception.type": kind, "exception.message": message}
     if traceback:
-        about["exception.stacktrace"] = traceback
+        about["exception.stacktrace"] = to_text(traceback)
     try:
         logged = _log(span, about, when)
     except Exception:  # an application's own: the span itself is not lost

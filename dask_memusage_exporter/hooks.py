@@ -115,19 +115,19 @@ class Hooks:
         began = perf_counter()
         bracket, measuring, is_task = opened
         bracket.seconds = began - bracket.opened
-        goes_on = not is_task
+        waits = False  # for its transition
         try:
             if is_task:
                 self._runs(key, False)
             if measuring.shut(bracket) and is_task and self.measuring is measuring:
                 self._closed[key] = bracket
-                goes_on = True
+                waits = True
         except Exception as error:
             measuring.health.error("stop", error)
         if bracket.span is not None:
             with measuring.health.guard("export"):
                 bracket.span.leave()
-                if not goes_on:  # no record will end it
+                if is_task and not waits:
                     bracket.span.drop()
         bracket.stop_seconds = perf_counter() - began
         if not is_task:

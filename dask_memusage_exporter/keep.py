@@ -7,18 +7,18 @@ Does not cover: other children in other processes that were not started through 
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry.trace import SpanContext, TracerProvider
+from opentelemetry.trace import SpanContext
 
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.failures import Failure
 from dask_memusage_exporter.measure.scopes import FLOOR_BYTES, SHARE
+from dask_memusage_exporter.per_provider import PerProvider
 from dask_memusage_exporter.records import TaskMemory
 
 if TYPE_CHECKING:
-    from dask_memusage_exporter.spans import TaskSpan
+    from dask_memusage_exporter.task_span import TaskSpan
 
 
 class Keep:
@@ -93,12 +93,12 @@ class Children:
         return True
 
 
-_watched: weakref.WeakKeyDictionary[TracerProvider, Children] = weakref.WeakKeyDictionary()
+_watches: PerProvider[Children] = PerProvider()
 
 
 def note_parent(parent: SpanContext) -> None:
     """Note that a span has children, or links to it, that may be in other processes."""
-    for watch in list(_watched.values()):
+    for watch in _watches.all():
         watch.note(parent)
 
 
@@ -107,11 +107,13 @@ def children_of(provider: Any) -> Children | None:
     add = getattr(provider, "add_span_processor", None)
     if add is None:
         return None
-    if provider not in _watched:
-        watch = Children()
-        try:
-            _watched[provider] = watch
-        except TypeError:  # it cannot be remembered
-            return None
-        add(watch)
-    return _watched[provider]
+
+    def watch() -> Children:
+        children = Children()
+        add(children)
+        return children
+
+    try:
+        return _watches.get(provider, watch)
+    except TypeError:  # it cannot be remembered
+        return None

@@ -79,7 +79,8 @@ def reaches(provider: Any) -> bool:
     processor nor reader, as ``OTEL_PYTHON_TRACER_PROVIDER`` alone sets it: who wants to send adds
     some, and may do so later. Others than the SDK's cannot be asked.
     """
-    if "Proxy" in type(provider).__name__:  # that of metrics has no public name
+    kind = type(provider)  # that of metrics has no public name, and others' are proxies, too
+    if "Proxy" in kind.__name__ and kind.__module__.partition(".")[0] == "opentelemetry":
         return False
     for path in _BEHIND:
         behind = provider

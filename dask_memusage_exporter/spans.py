@@ -7,7 +7,8 @@ task asks for it, else by a thread of ours, and has that time. All that comes af
 neither the task's thread nor the event loop waits for it.
 
 Covers: tasks on threads, coroutines, work in other processes (not active there), actors' calls.
-Does not cover: whose provider it is (``providers``), tasks that still run when a worker closes.
+Does not cover: what a span is called and whose child it is (``span_starter``), whose provider it is
+(``providers``), tasks that still run when a worker closes.
 """
 
 from __future__ import annotations
@@ -15,11 +16,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from contextvars import Token
-from time import time_ns
 from typing import Any, TypeAlias
 
 from dask.typing import Key
@@ -28,141 +26,27 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 from opentelemetry.trace import (
     INVALID_SPAN,
-    Link,
     Span,
     SpanContext,
-    SpanKind,
     StatusCode,
     TraceFlags,
-    Tracer,
     TracerProvider,
-    get_current_span,
     set_span_in_context,
 )
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from dask_memusage_exporter import __version__
-from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate, to_label
+from dask_memusage_exporter.aggregate import Aggregate, to_label
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.current import LazyContext
-from dask_memusage_exporter.failures import Failure, tell
+from dask_memusage_exporter.failures import tell
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.keep import Keep, children_of
 from dask_memusage_exporter.providers import queue_size
 from dask_memusage_exporter.records import TaskMemory
-from dask_memusage_exporter.submission import LINK
-
-SCOPE_NAME = "dask_memusage_exporter"
-
-#: The name of spans of prefixes that have no label of their own: names must be few.
-UNNAMED = "dask.task"
-
-#: Parents whose context is remembered: one a submission, and few are under way at once.
-_MOST_PARENTS = 100
-
-_NOTHING: Mapping[str, Any] = {}
-
-_PREFIX_NAME = "dask.task.prefix.name"
-
-#: Values of ``OTEL_TRACES_SAMPLER`` whose samplers look at no attributes.
-_SAMPLERS = frozenset(
-    {
-        "",
-        "always_on",
-        "always_off",
-        "traceidratio",
-        "parentbased_always_on",
-        "parentbased_always_off",
-        "parentbased_traceidratio",
-    }
-)
-
-#: Prefixes whose spans' names are remembered; a label that one has or has not stays so.
-_MOST_NAMES = 1_000
-
-#: What hears that the span of a record is kept: the record, its trace's id and its own.
-Kept = Callable[[TaskMemory, int, int], object]
+from dask_memusage_exporter.span_starter import PREFIX_NAME, SpanStarter
+from dask_memusage_exporter.task_span import NOTHING, Kept, TaskSpan
 
 #: A span that is to end, its record if it has one, and who hears of it.
 _Waiting: TypeAlias = "tuple[TaskSpan, TaskMemory | None, Kept | None]"
-
-
-class TaskSpan:
-    """The span of one execution. Made by :meth:`Spans.start`.
-
-    Parameters
-    ----------
-    owner
-        Who ends it, also where others have come after them.
-    """
-
-    __slots__ = (
-        "annotations", "began", "children", "context", "done", "failure", "key", "made", "owner",
-        "prefix", "token", "worker",
-    )  # fmt: skip
-
-    def __init__(self, owner: Spans, key: Key, prefix: str, task: Any, worker: Any) -> None:
-        self.began = time_ns()
-        self.owner, self.key, self.prefix, self.worker = owner, key, prefix, worker
-        #: The task's; None: it is none, but an actor's call.
-        self.annotations: Mapping[str, Any] | None = (
-            None if task is None else task.annotations or _NOTHING
-        )
-        #: The SDK's span, once it is needed.
-        self.made: Span | None = None
-        #: What made it current on its thread, and takes it off again; None: it was not put there.
-        self.context: Context | None = None
-        self.token: Token[Context] | None = None
-        self.failure: Failure | None = None
-        #: Whether another span has it as its parent.
-        self.children = False
-        self.done = False
-
-    def span(self) -> Span:
-        """Return the SDK's span, made where it is not there yet. On any thread; never raises."""
-        made = self.made
-        if made is None:
-            with self.owner.making:
-                made = self.owner.make(self) if self.made is None else self.made
-        return made
-
-    def leave(self) -> None:
-        """Take it off this thread again, where :meth:`Spans.enter` was called."""
-        token, self.token = self.token, None
-        self.context = None  # which holds on to this one
-        if token is not None:
-            otel_context.detach(token)
-
-    def leave_coroutine(self) -> None:
-        """Take it off a coroutine's own context, which ends with the coroutine in any case."""
-        # One that is never finished is closed by the garbage collector, wherever that runs.
-        if otel_context.get_current() is self.context:
-            self.leave()
-
-    def fail(self, error: Any, text: str = "", traceback: str = "") -> None:
-        """Take what the task raised; see :class:`Failure`."""
-        self.failure = Failure(error, text, traceback)
-
-    def finish(self, record: TaskMemory, kept: Kept | None = None) -> None:
-        """End it with what was measured; see :meth:`Spans.finish`."""
-        self.owner.finish(self, record, kept)
-
-    def finish_call(
-        self, worker: str, start: float, stop: float, start_bytes: int = 0, peak_bytes: int = 0
-    ) -> None:
-        """End it as an actor's call, which has no record; sizes are 0 where they are not known."""
-        scope = "shared"
-        self.owner.finish(
-            self,
-            TaskMemory(
-                self.key, str(self.key), worker, start, stop, start_bytes, peak_bytes, None, scope,
-                None, None, 0, 1, None, None, "finished", None,
-            ),
-        )  # fmt: skip
-
-    def drop(self) -> None:
-        """Leave it out: nothing was measured."""
-        self.owner.drop(self)
 
 
 class Spans:
@@ -184,21 +68,17 @@ class Spans:
         health: Health,
     ) -> None:
         self._pid = os.getpid()
-        self._tracer: Tracer = provider.get_tracer(SCOPE_NAME, __version__)
-        self._guest, self.health, self._aggregate = guest, health, aggregate
+        self._guest, self.health = guest, health
+        self._starter = SpanStarter(provider, guest=guest, aggregate=aggregate)
         self._task_key = settings.spans_task_key
         self._keep = Keep(settings)
         self._watch = children_of(provider) if self._keep.some else None
-        # Whether the SDK's span is made before its task, with what is known then: an application's
-        # processors may look at both, and other samplers than the standard ones.
-        self._early = guest or os.environ.get("OTEL_TRACES_SAMPLER", "") not in _SAMPLERS
-        self._names: dict[str, tuple[str, str]] = {}
-        self._parents: OrderedDict[tuple[str, str], Context] = OrderedDict()
         # As many wait as the SDK lets wait, for a processor that holds them up.
         self._most = queue_size()
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        #: Held while the SDK's span of a task is made.
-        self.making = threading.Lock()
+        # Held while the SDK's span of a task is made. The garbage collector may run then, and with
+        # it somebody's finalizer that asks for another's.
+        self._making = threading.RLock()
         self._closed = False
         self._thread = threading.Thread(target=self._end_all, name="memusage-spans", daemon=True)
         self._thread.start()
@@ -218,8 +98,8 @@ class Spans:
         if os.getpid() != self._pid:
             return None
         one = TaskSpan(self, key, prefix, task, worker)
-        if self._early:
-            self.make(one)
+        if self._starter.early:
+            self._make(one)
         return one
 
     def enter(self, one: TaskSpan) -> None:
@@ -235,12 +115,19 @@ class Spans:
 
     # -- wherever the SDK's span is first needed -----------------------------------------
 
-    def make(self, one: TaskSpan) -> Span:
+    def span_of(self, one: TaskSpan) -> Span:
+        """Return the SDK's span, made once. On any thread; never raises."""
+        if os.getpid() != self._pid:
+            return INVALID_SPAN  # nobody would end it, and who was making one is not here any more
+        with self._making:
+            return self._make(one) if one.made is None else one.made
+
+    def _make(self, one: TaskSpan) -> Span:
         """Start the SDK's span, as of when the task began. Never raises."""
         # What the SDK says or counts meanwhile is in no span, least of all in this one.
         token = otel_context.attach(Context())
         try:
-            span = self._started(one)
+            span = self._starter.start(one)
         except Exception as error:
             self.health.error("export", error)
             span = INVALID_SPAN
@@ -252,48 +139,6 @@ class Spans:
         if one.done:  # before anybody asked
             self._unwatch(one)
         return span
-
-    def _started(self, one: TaskSpan) -> Span:
-        annotations = one.annotations or _NOTHING
-        name, label = self._names.get(one.prefix) or self._name(one.prefix)
-        return self._tracer.start_span(
-            name,
-            self._parent(annotations, "traceparent"),
-            SpanKind.CONSUMER,
-            {_PREFIX_NAME: label} if self._early else None,  # all else at the end
-            self._links(annotations) if LINK in annotations else None,
-            one.began,
-        )
-
-    def _name(self, prefix: str) -> tuple[str, str]:
-        """Return the name of a prefix's spans and the prefix as an attribute, and remember them."""
-        label = self._aggregate.label_of(prefix)
-        known = UNNAMED if label == OVERFLOW or not label else label, to_label(prefix)
-        if len(self._names) >= _MOST_NAMES:
-            self._names.clear()
-        self._names[prefix] = known
-        return known
-
-    def _links(self, annotations: Mapping[str, Any]) -> list[Link] | None:
-        linked = get_current_span(self._parent(annotations, LINK)).get_span_context()
-        return [Link(linked)] if linked.is_valid else None
-
-    def _parent(self, annotations: Mapping[str, Any], name: str) -> Context:
-        """Return the context of the span that an annotation names; an empty one without it."""
-        carrier = annotations.get(name)
-        if type(carrier) is not str:
-            return Context()
-        state = annotations.get("tracestate")
-        known = carrier, state if type(state) is str else ""
-        parent = self._parents.get(known)
-        if parent is None:
-            pair = {"traceparent": known[0], "tracestate": known[1]}
-            parent = TraceContextTextMapPropagator().extract(pair, Context())
-            self._parents[known] = parent
-            if len(self._parents) > _MOST_PARENTS:
-                with suppress(KeyError):  # another thread was faster
-                    self._parents.popitem(last=False)
-        return parent
 
     # -- on the event loop ---------------------------------------------------------------
 
@@ -326,6 +171,7 @@ class Spans:
     def _lose(self, one: TaskSpan) -> None:
         if one.span().is_recording():  # else nobody would have had it
             self.health.drop("span_export")
+        one.failure = None
 
     def _forget(self, one: TaskSpan) -> None:
         """Wait for it no longer."""
@@ -387,8 +233,8 @@ class Spans:
         span: Any = one.span()
         context: SpanContext = span.get_span_context()
         # A sampler says so at a span's start, and nothing public says it later; another SDK's span
-        # stays open.
-        if getattr(span, "_context", None) is not context:
+        # stays open, and so does one that only passes on what it is asked to one of this SDK's.
+        if getattr(span, "__dict__", NOTHING).get("_context") is not context:
             return
         if record is not None:
             span.set_attributes(self._attributes(one, record))
@@ -419,9 +265,9 @@ class Spans:
 
     def _attributes(self, one: TaskSpan, record: TaskMemory) -> dict[str, Any]:
         is_task = one.annotations is not None
-        of_span = (one.annotations or _NOTHING).get("span")
+        of_span = (one.annotations or NOTHING).get("span")
         attributes = {
-            _PREFIX_NAME: to_label(record.task_prefix),
+            PREFIX_NAME: to_label(record.task_prefix),
             "dask.task.key": to_label(str(one.key)) if self._task_key else None,
             "dask.task.group.name": to_label(str(key_split_group(one.key))) if is_task else None,
             "dask.task.memory.peak": record.peak_bytes or None,

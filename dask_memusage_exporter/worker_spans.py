@@ -21,7 +21,8 @@ from dask_memusage_exporter.measure.bracket import Bracket
 if TYPE_CHECKING:
     from distributed import Worker
 
-    from dask_memusage_exporter.spans import Spans, TaskSpan
+    from dask_memusage_exporter.spans import Spans
+    from dask_memusage_exporter.task_span import TaskSpan
 
 #: Actors' calls that have raised and of which nobody has told yet.
 _MOST_RAISED = 1_000

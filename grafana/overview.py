@@ -222,7 +222,9 @@ OVER_TIME = Row(
         ),
         Lines(
             "Tasks ended by prefix",
-            "How many tasks each step's other panels speak of. Few tasks make quantiles jump.",
+            """How many tasks each step's other panels speak of. Few tasks make quantiles jump. The
+            first steps begin before the range, so the totals here are a little above those of the
+            tables.""",
             (
                 Query(
                     by_prefix("sum", gained("<task_memory_tasks_total>")) + " > 0",
@@ -242,10 +244,9 @@ GREW = Row(
         Table(
             "Mean memory, in the time range and before it",
             """Exact means of the time range beside those of the tasks that ran before it, in
-            clusters seen in the time called Baseline. Red grew by as much as
-            makes an alert: click it, and see
-            whether its inputs grew as well or the code did. No value before: a new prefix, or too
-            short a baseline.""",
+            clusters seen in the time called Baseline. Red grew by as much as makes an alert by
+            default: click it, and see whether its inputs grew as well or the code did. No value
+            before: a new prefix, or too short a baseline.""",
             PREFIX,
             (
                 Column("Peak changed", _change(PEAK), "percentunit", CHANGE, decimals=0),

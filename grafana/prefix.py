@@ -111,7 +111,8 @@ STATS = Row(
         Stat(
             "Growth changed",
             """Mean growth in the time range against that before it, in clusters seen in the time
-            called Baseline. Red: as much as makes an alert; see below whether inputs grew, too.""",
+            called Baseline. Red: as much as makes an alert by default; see below whether inputs
+            grew, too.""",
             (Query(f"{mean(GROWTH)} / ({mean(GROWTH, 'before')}) - 1"),),
             "percentunit",
             CHANGE,

@@ -19,7 +19,9 @@ _ANY = "<task_memory_prefixes>"
 _TASKS = "<task_memory_tasks_total>"
 #: What the jobs of one cluster may be apart by: ours, Dask's own of the scheduler, the workers'.
 _OF_JOBS = (_ANY, "<dask:scheduler_workers>", "<dask:worker_memory_bytes>")
-_LARGEST = "max_over_time(<task_memory_peak_maximum_bytes>[$__range])"
+_LARGEST = "max by (task_prefix_name) (max_over_time(<task_memory_peak_maximum_bytes>[$__range]))"
+#: One whose tasks were all killed has no peak, and is the one to look at.
+_KILLED = "max by (task_prefix_name) (last_over_time(<task_memory_killed_tasks_total>[$__range]))"
 
 #: For how long back the baseline looks for clusters.
 BASELINES = ("1d", "7d", "28d")
@@ -71,7 +73,7 @@ def variables(what: Dashboard, flavour: Flavour) -> Iterator[Builder[model.Varia
         yield prefix.all_value("(?s:.*)").current(_ALL)
     elif what.prefix == "one":
         # Largest peak first, so that a page which nobody has chosen for shows what matters most.
-        largest = expand(f"sort_desc(max by (task_prefix_name) ({_LARGEST}))", flavour)
+        largest = expand(f"sort_desc({_LARGEST} or 0 * ({_KILLED} > 0))", flavour)
         prefix = _query("prefix", "Task prefix", about, f"query_result({largest})")
         yield (
             # Grafana's text of a series has no escapes; nothing behind the label has a quote.

@@ -61,6 +61,27 @@ def starts_child(name: str) -> None:
         pass
 
 
+def raises_name() -> None:
+    """Raise with the name of a file that is no UTF-8, as Python has it."""
+    raise ValueError("no rows in /data/" + os.fsdecode(b"\xff"))
+
+
+class OnlyHere(Exception):
+    """Says what it is where it was raised; unpickled it ends whoever asks."""
+
+    def __str__(self) -> str:
+        if self.args == ("unpickled",):
+            raise SystemExit
+        return "on purpose"
+
+    def __reduce__(self) -> Any:
+        return OnlyHere, ("unpickled",)
+
+
+def raises_only_here() -> None:
+    raise OnlyHere("on purpose")
+
+
 def submits_failing(key: str, there: str) -> None:
     """Have another task run on a worker that fails, as part of this one's trace."""
     from dask_memusage_exporter import traced

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.charts import Helm, pods, settings, the
+from tests.charts import CHART, Helm, of_kind, pods, settings, snippet, the
 
 PRESET = settings(monitors__preset="operator")
 
@@ -115,3 +115,35 @@ def test_a_label_that_is_given_twice_is_there_once(helm: Helm) -> None:
     assert metadata["labels"]["release"] == "workers"
     assert metadata["labels"]["dask_cluster"] == "measured-dask-memusage-exporter"
     assert metadata["annotations"]["prometheus.io/scrape"] == "false"
+
+
+@pytest.mark.parametrize("kind", ["none", "plain"])
+def test_the_package_is_of_the_charts_own_version(kind: str, helm: Helm) -> None:
+    """With exporters where OpenTelemetry is asked for, by all or by a role; what is given wins."""
+    preset = settings(cluster__kind=kind, monitors__preset="dask" if kind == "none" else "")
+    endpoint = [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4318"}]
+
+    def installed(**values: Any) -> str:
+        asked = [*preset, *settings(**values)]
+        if kind == "none":
+            lines = snippet(helm.notes(*asked), "scheduler:")
+            (given,) = {
+                one["value"]
+                for role in ("scheduler", "worker")
+                for one in lines[role]["env"]
+                if one["name"] == "EXTRA_PIP_PACKAGES"
+            }
+            return given
+        (given,) = {
+            pod.spec["initContainers"][0]["args"][-1]
+            for pod in pods(of_kind(helm.render(*asked), "Deployment"))
+        }
+        return given
+
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    assert installed() == f"dask-memusage-exporter=={version}"
+    with_exporters = f"dask-memusage-exporter[otlp]=={version}"
+    assert installed(config__environment=endpoint) == with_exporters
+    if kind == "plain":
+        assert installed(cluster__worker__environment=endpoint) == with_exporters
+    assert installed(config__environment=endpoint, package__requirement="mine") == "mine"

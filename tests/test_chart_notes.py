@@ -53,7 +53,7 @@ def test_commands_of_the_docs_render(helm: Helm) -> None:
     """Each `helm install` of docs and READMEs is accepted as it stands."""
     pages = DOCS + (CHART / "README.md").read_text() + (ROOT / "README.md").read_text()
     commands = set(re.findall(r"^helm install (.*)$", pages, re.MULTILINE))
-    assert len(commands) == 4  # three presets and a cluster of its own
+    assert len(commands) == 5  # three presets, a cluster of its own, and configuration alone
     for command in commands:
         name, chart, *options = command.split()
         done = helm.run("template", name, str(ROOT / chart), *options)
@@ -185,6 +185,39 @@ def test_notes_where_the_kinds_are(kind: str, helm: Helm, tmp_path: Path) -> Non
     assert (f"the next one is named {following}" in notes) == (kind == "operator")
     if kind == "none":
         assert snippet(said, "spec:")["spec"]["worker"]
+
+
+def test_notes_where_the_kinds_are_not(helm: Helm, tmp_path: Path) -> None:
+    """What is missing, be monitors asked for or not, and what is there instead."""
+    said = {
+        kind: " ".join(
+            helm.notes_where((OPERATOR,), tmp_path / kind, *settings(cluster__kind=kind)).split()
+        )
+        for kind in ("plain", "operator")
+    }
+    assert "Pods that are to be scraped have the annotations prometheus.io/scrape" in said["plain"]
+    assert "The Service measured-dask-memusage-exporter-metrics, and workers" in said["operator"]
+    off = " ".join(helm.notes(*settings(monitors__enabled=False)).split())
+    for one in (*said.values(), off):
+        assert "`dask memusage dashboards --out DIR` writes them" in one
+    assert "with monitors.preset these notes say how your Dask takes it" in off
+    assert "Rules" not in helm.notes(*settings(monitors__enabled=False, rules__enabled=False))
+
+
+def test_notes_where_clusters_have_new_names(helm: Helm, tmp_path: Path) -> None:
+    """The gateway's have no baseline of their own: that is said, until one is chosen."""
+    groups: dict[str, dict[str, str]] = {
+        "gateway": {},
+        "chosen": {"rules__thresholds__group-labels": "namespace"},
+    }
+    said = {
+        name: helm.notes_where(
+            (MONITORING,), tmp_path / name, *settings(monitors__preset="gateway", **given)
+        )
+        for name, given in groups.items()
+    }
+    assert "group-labels=namespace" in said["gateway"]
+    assert "group-labels" not in said["chosen"]
 
 
 def test_others_chart_takes_what_the_notes_say(helm: Helm, tmp_path: Path) -> None:

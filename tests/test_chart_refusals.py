@@ -105,6 +105,47 @@ WRONG: list[tuple[str, list[str], str]] = [
         settings(cluster__worker__environment=[{"name": "PYTHONPATH", "value": "/mine"}]),
         r"cluster.worker.environment: PYTHONPATH is set by the chart itself",
     ),
+    (
+        "a volume's name twice",
+        settings(
+            monitors__preset="",
+            cluster__kind="plain",
+            cluster__worker__volumes=[{"name": "tmp", "emptyDir": {}}],
+        ),
+        r"cluster.worker.volumes: tmp is the name of a volume of the chart's own; give yours an",
+    ),
+    (
+        "two volumes in one place",
+        settings(
+            monitors__preset="",
+            cluster__kind="plain",
+            **{"config__memusage__flight-directory": "/tmp/"},
+        ),
+        r"two volumes of the worker are mounted at /tmp; see .*memusage.flight-directory",
+    ),
+    (
+        "a relative path",
+        settings(**{"config__memusage__flight-directory": "~/flight"}),
+        r"flight-directory: a volume is mounted there, and ~/flight is no absolute path",
+    ),
+    ("no command", settings(cluster__command=None), r"cluster.*command"),
+    ("an empty command", settings(cluster__command=[]), r"cluster.command.*(items|minItems)"),
+    (
+        "settings in the wrong place",
+        settings(config__dask={"memusage": {"sorce": "kernel"}}),
+        r"config.dask.memusage: .* go into config.memusage",
+    ),
+    (
+        "two namespaces of metrics",
+        settings(config__dask={"distributed": {"dashboard": {"prometheus": {"namespace": "x"}}}}),
+        r"prometheus.namespace is x and metricNamespace is dask, .*set that one alone",
+    ),
+    (
+        "no list of preloads",
+        settings(config__dask={"distributed": {"scheduler": {"preload": {"mine": "a"}}}}),
+        r"config.dask.distributed.scheduler.preload",
+    ),
+    ("a number in quotes", settings(monitors__workers__port="8788"), r"monitors.*port"),
     ("a release", settings(monitors__release="x"), r"monitors.release goes with monitors.preset=d"),
     (
         "bounds",

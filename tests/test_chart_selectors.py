@@ -184,3 +184,11 @@ def test_the_operator_reaches_the_scheduler_that_it_scales(helm: Helm) -> None:
         ]
         assert len(let_in) == expected
         assert "tcp-comm" in {one["port"] for one in inside["ports"]}
+
+
+def test_no_labels_of_an_operator_let_nobody_in(helm: Helm) -> None:
+    """An empty selector is every pod of the cluster: without labels there is no such rule."""
+    for labels in (None, {"app.kubernetes.io/name": None}):  # {} would be merged with the default
+        asked = {"cluster__kind": "operator", "cluster__networkPolicy": {"operator": labels}}
+        policy = the(monitors(helm, **asked), "NetworkPolicy", SCHEDULER)["spec"]
+        assert [one for one in policy["ingress"][0]["from"] if "namespaceSelector" in one] == []

@@ -207,3 +207,12 @@ def test_a_new_generation_is_a_new_cluster(helm: Helm) -> None:
         "measured-dask-memusage-exporter", "measured-dask-memusage-exporter-1",
         "measured-dask-memusage-exporter-12",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "operator"])
+def test_what_tasks_put_into_tmp_is_bounded_as_their_spills_are(kind: str, helm: Helm) -> None:
+    """A small bound that no value raises would have workers evicted for files of their tasks."""
+    asked = settings(cluster__kind=kind, cluster__worker__scratchSize="77Gi")
+    (worker,) = (one for one in pods(helm.render(*asked)) if one.where.endswith("worker"))
+    bounds = {one["name"]: one.get("emptyDir") for one in worker.spec["volumes"]}
+    assert bounds["tmp"] == bounds["scratch"] == {"sizeLimit": "77Gi"}

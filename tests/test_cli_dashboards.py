@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_it_writes_all_that_a_team_needs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert written(out) == WRITTEN | EXAMPLES
     assert {str(Path(line).relative_to(out)) for line in done.stdout.splitlines()} == written(out)
-    assert "20 files; --help tells" in done.stderr
+    assert "21 files; --help tells" in done.stderr
     text = (out / "dashboards" / "overview.json").read_text()
     assert json.loads(text)["uid"] == "dask-memusage-overview"
     assert "acme_scheduler_task_memory_peak_bytes_bucket{" in text
@@ -90,12 +91,29 @@ def test_the_files_fit_together(tmp_path: Path, component: Callable[[str], str])
 
 
 def test_thresholds_are_put_into_the_rules(tmp_path: Path) -> None:
-    """Each that is given, the others at their defaults."""
+    """Each that is given, the others at their defaults; the alert's page does not say otherwise."""
     done = run_cli(*VERB, "--out", str(tmp_path), "--threshold", "near-limit-percent=77")
     assert done.returncode == 0, done.stderr
     rules = (tmp_path / "rules" / "dask-memusage.yaml").read_text()
     assert "77" in rules
     assert yaml.safe_load(rules)["groups"]
+    said = "**Set otherwise than this page says:** `near-limit-percent` is `77`, not 90.\n\n## "
+    pages = {page.stem: page.read_text() for page in (tmp_path / "runbooks").glob("*.md")}
+    assert [name for name, text in pages.items() if "Set otherwise" in text] == [
+        "DaskTaskMemoryNearWorkerLimit"
+    ]
+    assert said in pages["DaskTaskMemoryNearWorkerLimit"]
+
+
+def test_all_is_written_though_nobody_reads_the_names(tmp_path: Path) -> None:
+    """As with `| head`: the files are there, and nothing says that they cannot be written."""
+    command = [sys.executable, "-m", "dask", *VERB, "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert b"cannot write" not in process.stderr.read()
+    assert written(tmp_path) == WRITTEN | EXAMPLES
 
 
 def test_the_flavour_for_otlp(tmp_path: Path) -> None:
@@ -119,7 +137,7 @@ def test_what_others_wrote_is_not_overwritten(tmp_path: Path) -> None:
     assert theirs.read_text().startswith("# A scrape configuration")
     # Once more: all is there and the same.
     assert run_cli(*VERB, "--out", str(tmp_path)).returncode == 0
-    assert "and 15 more" in refused("--out", str(tmp_path), "--namespace", "acme")
+    assert "and 16 more" in refused("--out", str(tmp_path), "--namespace", "acme")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dask_memusage_exporter import monitoring
 from grafana import promql
 
 #: Seconds between two scrapes.
@@ -128,3 +129,23 @@ def test_a_new_start_in_a_time_range_is_estimated(
     shown = {X: "0x40 0+10x10 0+10x5 50x100"}
     for bound in ("> bool 149", "< bool 155"):
         ask(component("promtool"), tmp_path, shown, "35m", f"sum({expr} {bound})", {"{}": 1})
+
+
+@pytest.mark.component("promtool")
+def test_a_prefix_whose_tasks_were_all_killed_has_its_page(
+    component: Callable[[str], str], tmp_path: Path
+) -> None:
+    """None of them ended, so it has no peak: Grafana would show another one's page in its place."""
+    page = json.loads(monitoring.files()["dashboards/prefix.json"])
+    (variable,) = (one for one in page["templating"]["list"] if one["name"] == "prefix")
+    expr = variable["query"]["query"].removeprefix("query_result(").removesuffix(")")
+    expr = re.sub(r"\$(?!__)\w+", ".*", expr).replace("$__range", "1h")
+    of = "dask_scheduler_task_memory"
+    shown = {
+        f'{of}_peak_maximum_bytes{{task_prefix_name="load"}}': "7x100",
+        f'{of}_killed_tasks_total{{cause="lost",task_prefix_name="load"}}': "0x100",
+        f'{of}_killed_tasks_total{{cause="lost",task_prefix_name="join"}}': "0x20 2x80",
+        f'{of}_killed_tasks_total{{cause="lost",task_prefix_name="__overflow__"}}': "0x100",
+    }
+    offered = {'{task_prefix_name="load"}': 7, '{task_prefix_name="join"}': 0}
+    ask(component("promtool"), tmp_path, shown, "20m", expr, offered)

@@ -137,3 +137,21 @@ def test_what_ended_while_nothing_was_measured(dying: Callable[..., Measured]) -
         wait_until(lambda address=address: workers and address not in workers, timeout=60)
     settled(measured)
     assert killed(measured, "across") == 0
+
+
+def test_a_scheduler_that_closes_tells_of_no_death(tmp_path: Path) -> None:
+    """It loses all its workers, with what they run: nobody has killed them."""
+    servers = Servers(tmp_path)
+    running = tmp_path / "running"
+    try:
+        scheduler = servers.scheduler("--preload", "dask_memusage_exporter")
+        servers.worker()
+        future = servers.client.submit(touch_and_nap, str(running), 30, key="cut-0")
+        wait_until(running.exists)
+        servers.client.close()
+        assert scheduler.stop() == 0
+        assert not scheduler.lines("failed")
+        assert not scheduler.lines("killed")
+        del future
+    finally:
+        servers.close()

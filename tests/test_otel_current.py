@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import dask
 import pytest
-from opentelemetry import baggage, context
+from opentelemetry import baggage, context, trace
 from opentelemetry.context import Context
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler, TraceIdRatioBased
 from opentelemetry.trace import get_current_span, set_span_in_context
 
+from dask_memusage_exporter import providers
 from dask_memusage_exporter.aggregate import Aggregate
 from dask_memusage_exporter.config import Settings
 from dask_memusage_exporter.health import Health
 from dask_memusage_exporter.keep import note_parent
-from dask_memusage_exporter.spans import Spans, TaskSpan
+from dask_memusage_exporter.spans import Spans
+from dask_memusage_exporter.task_span import TaskSpan
 from tests import tasks, tasks_spans
 from tests.conftest import Measured, cluster_total
 from tests.receivers import Received
@@ -88,15 +94,19 @@ class Heard(SpanProcessor):
 class Here:
     """Spans of tasks that run on the test's own thread."""
 
-    def __init__(self, sampler: Sampler, most: int, keep: dict[str, Any]) -> None:
+    def __init__(
+        self, sampler: Sampler, most: int, wrap: Callable[[Any], Any] | None, keep: dict[str, Any]
+    ) -> None:
         self.heard, self.health = Heard(), Health()
-        self.provider = provider = TracerProvider(sampler, shutdown_on_exit=False)
-        provider.add_span_processor(self.heard)
+        self.provider: Any = TracerProvider(sampler, shutdown_on_exit=False)
+        self.provider.add_span_processor(self.heard)
+        if wrap is not None:
+            self.provider = wrap(self.provider)
         with dask.config.set({f"memusage.spans.keep.{name}": it for name, it in keep.items()}):
             settings = Settings.load()
         self.spans = Spans(
-            provider,
-            guest=False,
+            self.provider,
+            guest=wrap is not None,
             settings=settings,
             aggregate=Aggregate(bounds=(10,), max_prefixes=9, maximum_window=600),
             health=self.health,
@@ -121,12 +131,13 @@ class Here:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Here]]:
-    """Returns what makes spans of tasks here, by a sampler and settings of ``spans.keep``."""
+    """Returns what makes spans of tasks here, by a sampler and settings of ``spans.keep``, or as a
+    guest of an application's provider, which wraps the SDK's."""
     monkeypatch.delenv("OTEL_TRACES_SAMPLER", raising=False)
     made: list[Here] = []
 
-    def make(sampler: Sampler = ALWAYS_ON, most: int = 2048, **keep: Any) -> Here:
-        made.append(Here(sampler, most, keep))
+    def make(sampler: Sampler = ALWAYS_ON, most: int = 2048, wrap: Any = None, **keep: Any) -> Here:
+        made.append(Here(sampler, most, wrap, keep))
         return made[-1]
 
     yield make
@@ -171,6 +182,45 @@ def test_whoever_has_a_tasks_context_has_its_span(here: Callable[..., Here]) -> 
     assert not get_current_span().get_span_context().is_valid
 
 
+def test_a_tasks_context_is_not_an_empty_one(here: Callable[..., Here]) -> None:
+    """Much code asks for ``context or get_current()``: the SDK's metrics do, of what they are given
+    on another thread, and their exemplars name the task's span."""
+    one, reader = here(), InMemoryMetricReader()
+    meters = MeterProvider([reader], shutdown_on_exit=False)
+    counter = meters.get_meter("shop").create_counter("rows")
+
+    def task() -> None:
+        current = context.get_current()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(counter.add, 7, context=current).result()
+
+    one.run(task)
+    data: Any = reader.get_metrics_data()
+    (point,) = data.resource_metrics[0].scope_metrics[0].metrics[0].data.data_points
+    assert [exemplar.span_id for exemplar in point.exemplars] == [
+        span.context.span_id for span in one.end().ended
+    ]
+    meters.shutdown()
+
+
+def test_a_child_that_is_forked_elsewhere_makes_none(
+    here: Callable[..., Here], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be another one than its parent's, sent by nobody; and who was making one when it was
+    forked would never have done so there."""
+    one, left = here(), []
+
+    def in_child() -> None:
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with ThreadPoolExecutor(1) as pool, one.spans._making:
+            left.append(pool.submit(get_current_span, context.get_current()).result(10))
+        monkeypatch.undo()
+
+    one.run(in_child)
+    assert not left[0].get_span_context().is_valid
+    assert len(one.end().ended) == 1
+
+
 def test_what_is_not_kept_is_not_made(here: Callable[..., Here]) -> None:
     """Unless the task asks, and with a child it stays."""
     one = here(peak="1MiB")
@@ -187,6 +237,51 @@ def test_what_is_not_kept_is_not_made(here: Callable[..., Here]) -> None:
     assert get_current_span(late[0]).is_recording()  # though nobody will have it
     assert one.spans._watch is not None
     assert not one.spans._watch.open
+
+
+def test_an_application_whose_provider_has_the_sdks_behind_it(here: Callable[..., Here]) -> None:
+    """As Logfire's and Snowflake's: it is theirs and not the API's stand-in, it need have no hash,
+    and what is left out of its spans does not reach what is behind it."""
+    assert providers.reaches(ProxyTracerProvider(TracerProvider()))
+    assert not providers.reaches(trace.ProxyTracerProvider())
+    one = here(wrap=ProxyTracerProvider, peak="1MiB")
+    one.run()
+    one.run(peak=2 * 2**20)
+    one.run(lambda: note_parent(get_current_span().get_span_context()))
+    heard = one.end()
+    assert [span.attributes["dask.task.memory.peak"] for span in heard.ended] == [2 * 2**20, 1]
+    assert len(heard.made_by) == 3
+    assert not one.health.errors["export"]
+
+
+@dataclass
+class ProxyTracerProvider(trace.TracerProvider):
+    """An application's own, which only passes on."""
+
+    behind: TracerProvider
+
+    def get_tracer(self, *arguments: Any, **options: Any) -> Any:
+        return ProxyTracer(self.behind.get_tracer(*arguments, **options))
+
+    def add_span_processor(self, processor: Any) -> None:
+        self.behind.add_span_processor(processor)
+
+
+@dataclass
+class ProxyTracer:
+    behind: Any
+
+    def start_span(self, *arguments: Any) -> Any:
+        return ProxySpan(self.behind.start_span(*arguments))
+
+
+@trace.Span.register
+@dataclass
+class ProxySpan:
+    behind: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.behind, name)
 
 
 def test_a_share_of_spans_is_sampled(here: Callable[..., Here]) -> None:
@@ -245,7 +340,7 @@ def test_an_sdk_that_fails_does_not_fail_a_task(
     def fail(*_: Any) -> None:
         raise ValueError("on purpose")
 
-    monkeypatch.setattr(one.spans._tracer, "start_span", fail)
+    monkeypatch.setattr(one.spans._starter._tracer, "start_span", fail)
     one.run(lambda: get_current_span().set_attribute("rows", 7))
     one.run()
     one.end()
@@ -258,15 +353,40 @@ def test_what_the_sdk_does_meanwhile_may_ask_for_the_span(
 ) -> None:
     """As what it logs does, and its own metrics: they are in no span, and nobody hangs."""
     one, seen = here(), []
-    start = one.spans._tracer.start_span
+    start = one.spans._starter._tracer.start_span
 
     def asks(*arguments: Any) -> Any:
         seen.append(get_current_span().get_span_context().is_valid)
         return start(*arguments)
 
-    monkeypatch.setattr(one.spans._tracer, "start_span", asks)
+    monkeypatch.setattr(one.spans._starter._tracer, "start_span", asks)
     one.run(lambda: seen.append(get_current_span().get_span_context().is_valid))
     assert seen == [False, True]
+
+
+@pytest.mark.timeout(30)
+def test_a_finalizer_may_ask_for_anothers_span(
+    here: Callable[..., Here], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs wherever the garbage collector does: also where a span is just being made."""
+    one, seen = here(), []
+    other = one.spans.start("key-2", "key", None, "worker")
+    assert other is not None
+    start = one.spans._starter._tracer.start_span
+
+    def collects(*arguments: Any) -> Any:
+        if not seen:
+            seen.append(None)
+            seen.append(other.span())
+        return start(*arguments)
+
+    monkeypatch.setattr(one.spans._starter._tracer, "start_span", collects)
+    one.run(lambda: seen.append(get_current_span()))
+    _, anothers, own = seen
+    assert anothers is other.span()
+    assert anothers.get_span_context().is_valid
+    assert own.get_span_context().is_valid
+    assert own is not anothers
 
 
 def test_a_context_that_is_left_somewhere_holds_no_exception(here: Callable[..., Here]) -> None:
@@ -280,3 +400,9 @@ def test_a_context_that_is_left_somewhere_holds_no_exception(here: Callable[...,
     (told,) = one.end().ended
     assert told.attributes["error.type"] == "ValueError"
     assert ended.failure is failing.failure is None
+    lost = here(most=0)
+    failing = lost.spans.start("key-2", "key", None, "worker")
+    assert failing is not None
+    failing.fail(ValueError("on purpose"))
+    failing.finish(record("key"))
+    assert failing.failure is None

@@ -12,7 +12,7 @@ import dask
 import pytest
 from distributed import Client
 
-from dask_memusage_exporter import install
+from dask_memusage_exporter import install, process
 from tests import applications, tasks, tasks_spans
 from tests.conftest import Measured, Records, cluster_total, local_cluster, wait_until
 from tests.receivers import Received, receiver
@@ -202,6 +202,29 @@ def test_an_applications_processors_hear_the_end_of_spans_that_are_left_out(
             wait_until(lambda: not next(iter(client.run(applications.heard).values()))[0])
             install(cluster.cluster)
         assert not received.spans("across")
+
+
+def test_a_span_ends_though_its_task_could_not_be_measured(received: Received) -> None:
+    """Our own errors leave none open, wherever they come."""
+    with guest(received) as cluster:
+        client = cluster.client
+        client.run(applications.hear)
+        for count, method in enumerate(("settle", "shut"), 1):
+            client.run(fail_to, method)
+            client.submit(tasks.nothing, key=f"unmeasured-{count}").result()
+
+            def heard(count: int = count) -> bool:
+                ((still_open, ended),) = client.run(applications.heard).values()
+                return not still_open and ended == [("unmeasured", False, None)] * count
+
+            wait_until(heard)
+
+
+def fail_to(method: str) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("on purpose")
+
+    setattr(process.Process, method, fail)
 
 
 @pytest.mark.parametrize("keep", [{}, {"memusage.spans.keep.peak": "1TiB"}])

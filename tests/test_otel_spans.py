@@ -122,6 +122,23 @@ def test_retries_and_failures(sent: tuple[Measured, Received], go: Gate) -> None
         assert "fail_twice" in about["exception.stacktrace"]
 
 
+def test_what_a_task_raises_can_be_sent_whatever_it_is(sent: tuple[Measured, Received]) -> None:
+    """A message with a name of a file that is no UTF-8, one that fails when it is asked for: it
+    takes neither its span with it nor those that are sent beside it."""
+    cluster, received = sent
+    client = cluster.client
+    for task in (tasks_spans.raises_only_here, tasks_spans.raises_name):
+        assert client.submit(task, key=f"{task.__name__}-1").exception() is not None
+    client.submit(tasks.nothing, key="neighbour-1").result()
+    told = one_span(received, "raises_name")
+    assert told.attributes["error.type"] == "ValueError"
+    assert told.data.status.message == "ValueError: no rows in /data/?"
+    told = one_span(received, "raises_only_here")
+    assert told.attributes["error.type"] == "OnlyHere"
+    assert told.data.status.message == "OnlyHere: OnlyHere('on purpose')"
+    one_span(received, "neighbour")
+
+
 def test_a_rescheduled_task_has_not_failed(sent: tuple[Measured, Received], go: Gate) -> None:
     """Its status is unset."""
     cluster, received = sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -337,7 +338,8 @@ def test_a_worker_under_opentelemetry_instrument(nanny: str, tmp_path: Path) -> 
             assert not worker.lines("still alive")
             (took,) = closed_in(worker.log)
             assert took < PROMISED + BUSY
-            assert "Traceback" not in worker.log
+            # An older SDK itself tells of a receiver that does not answer by a traceback.
+            assert not re.findall('File ".*/(?:dask_memusage_exporter|distributed)/.*', worker.log)
             assert "verriding" not in worker.log
     finally:
         servers.close()

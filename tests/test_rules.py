@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from dask_memusage_exporter import catalog
+from dask_memusage_exporter.health import DROP_REASONS
 from dask_memusage_exporter.monitoring.rules import rules, thresholds
 from tests.promtool import Promtool
 
@@ -198,6 +199,8 @@ def test_queries_of_the_runbooks_are_right(
     used = set(re.findall(r"%([a-z-]{3,})%", _template_of(name) + RECORDED))
     assert named, "no setting is named"
     assert named <= used
+    for setting, default in re.findall(r"`([a-z-]+)` \(([^)]+)\)", tuned):
+        assert default == str(thresholds()[setting]["default"])
 
 
 def _template_of(name: str) -> str:
@@ -216,6 +219,12 @@ def test_the_examples_are_right(component: Callable[[str], str], tmp_path: Path)
     assert f"{len(groups())} rules found" in found
     amtool = Promtool(component("amtool"), tmp_path)
     assert "SUCCESS" in amtool.run("check-config", str(tmp_path / "alertmanager.yml"))
+    # Alerts and labels that it speaks of are ours.
+    told = yaml.safe_load((tmp_path / "alertmanager.yml").read_text())["inhibit_rules"]
+    for matcher in (one for rule in told for side in rule.values() for one in side if "=" in one):
+        label, values = re.fullmatch(r'(\w+)=~?"(.+)"', matcher).groups()  # type: ignore[union-attr]
+        known = set(ALERTS) if label == "alertname" else set(DROP_REASONS)
+        assert set(values.split("|")) <= known, matcher
 
 
 def test_what_stands_in_comments_of_the_scrape_configuration_is_right(

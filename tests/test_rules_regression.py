@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.promtool import MIB, Phase, Promtool, Scrapes
+from tests.promtool import MIB, Phase, Promtool, Scrapes, says
 
 LEVEL = "task_prefix:dask_scheduler_task_memory"
+NO_BASELINE = "DaskTaskMemoryNoBaseline"
 RATIO = f"round({LEVEL}_growth_bytes:ratio, 0.05)"
 
 
@@ -242,11 +243,41 @@ def test_clusters_are_kept_apart_and_named(promtool: Callable[..., Promtool]) ->
 def test_names_that_change_each_night_need_another_grouping(
     promtool: Callable[..., Promtool],
 ) -> None:
-    """With ``group-labels`` of the namespace alone, clusters of random names share a baseline."""
+    """With ``group-labels`` of the namespace alone, clusters of random names share a baseline.
+
+    Without, it is told that nothing is judged, all day; and of no namespace whose clusters stay.
+    """
     scrapes = Scrapes("20m")
-    for night in range(4):
-        growth = 130 if night == 3 else 100
-        labels = {"namespace": "prod", "dask_cluster": f"job-{night}", "instance": f"{night}:1"}
-        scrapes.scheduler(Phase("1h", tasks=40, growth=growth), begin=f"{night}d2h", **labels)
-    judge(promtool(), scrapes, {"3d6h": []})
-    judge(promtool(group_labels="namespace"), scrapes, {"3d6h": ["load"]})
+    for night in range(6):
+        growth = 130 if night == 5 else 100
+        for namespace, cluster in (("prod", f"job-{night}"), ("kept", "job")):
+            scrapes.scheduler(
+                Phase("1h", tasks=40, growth=growth), begin=f"{night}d2h", instance=f"{night}:1",
+                namespace=namespace, dask_cluster=cluster,
+            )  # fmt: skip
+    # New ones beside one that stays, and none has gone: there is not enough to compare with yet.
+    for number in range(4):
+        cluster = f"team-{number}"
+        scrapes.scheduler(Phase("1d", tasks=40), begin="5d", namespace="new", dask_cluster=cluster)
+    told = says(
+        NO_BASELINE, "5d20h",
+        "Most tasks of prod ran in clusters of new names, which have no baseline.",
+        "100 % of the tasks of the last 1d ran in clusters that were not there before, while "
+        "others have gone. Where each cluster has a new name no regression is ever judged: give "
+        "them one name, or let them share a baseline by group-labels.",
+        "info", namespace="prod",
+    )  # fmt: skip
+    all_day = {f"5d{hour}h": [""] for hour in range(24)}
+    by_cluster = 'count by (namespace) (ALERTS{alertname="DaskTaskMemoryRegression"})'
+    promtool().check(
+        scrapes, every="1h",
+        firing={NO_BASELINE: {"2d12h": [], **all_day}},
+        queries={by_cluster: {"5d6h": {'{namespace="kept"}': 1}}}, texts=[told],
+    )  # fmt: skip
+    promtool(group_labels="namespace").check(
+        scrapes, every="1h",
+        queries={
+            by_cluster: {"5d6h": {'{namespace="kept"}': 1, '{namespace="prod"}': 1}},
+            f'ALERTS{{alertname="{NO_BASELINE}"}}': {"5d6h": {}},
+        },
+    )  # fmt: skip

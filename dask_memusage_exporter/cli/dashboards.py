@@ -69,6 +69,7 @@ def dashboards(
         raise InputError(
             f"cannot write {error.filename or directory}: {error.strerror}; choose another --out"
         ) from None
+    # Only then: whoever reads this may stop to, as `| head` does.
     say("\n".join(str(out / name) for name in made))
     click.echo(f"{plural(len(made), 'file')}; --help tells where each goes.", err=True)
 

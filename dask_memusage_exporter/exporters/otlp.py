@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +19,7 @@ from opentelemetry.metrics import Meter, MeterProvider, Observation
 from dask_memusage_exporter import __version__, catalog
 from dask_memusage_exporter.aggregate import OVERFLOW, Aggregate
 from dask_memusage_exporter.health import Health
+from dask_memusage_exporter.per_provider import PerProvider
 from dask_memusage_exporter.records import TaskMemory
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _counts(source: Source) -> Iterator[tuple[_Count, float]]:
                     yield (spec.name, labels), value
 
 
-_known: weakref.WeakKeyDictionary[MeterProvider, Instruments] = weakref.WeakKeyDictionary()
+_known: PerProvider[Instruments] = PerProvider()
 
 
 def instruments(provider: MeterProvider, buckets: Sequence[float]) -> Instruments:
@@ -188,12 +188,9 @@ def instruments(provider: MeterProvider, buckets: Sequence[float]) -> Instrument
     variable leave them.
     """
     try:
-        found = _known.get(provider)
-        if found is None:
-            found = _known[provider] = Instruments(provider, buckets)
+        return _known.get(provider, lambda: Instruments(provider, buckets))
     except TypeError:  # another than the SDK's, which cannot be remembered
         return Instruments(provider, buckets)
-    return found
 
 
 def worker_values(

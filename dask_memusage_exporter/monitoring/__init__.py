@@ -66,6 +66,21 @@ def files(
     if flavour == "scrape":
         made["rules/dask-memusage.yaml"] = alerts
         for file in sorted((_HERE / "runbooks").glob("*.md")):
-            made[f"runbooks/{file.name}"] = rules.fill(file.read_text(), namespace)
+            page = _as_set(file.read_text(), thresholds or {})
+            made[f"runbooks/{file.name}"] = rules.fill(page, namespace)
         made.update({name: (_HERE / name).read_text() for name in _EXAMPLES})
     return made
+
+
+def _as_set(page: str, given: Mapping[str, object]) -> str:
+    """Return a runbook with the settings that it names and that are not what it speaks of."""
+    known, values = rules.thresholds(), rules.checked(given)
+    said = [
+        f"`{name}` is `{values[name]}`, not {known[name]['default'] or 'none'}"
+        for name in given
+        if f"`{name}`" in page and values[name] != str(known[name]["default"])
+    ]
+    if not said:
+        return page
+    title, rest = page.split("\n", 1)
+    return f"{title}\n\n**Set otherwise than this page says:** {'; '.join(said)}.\n{rest}"

@@ -87,7 +87,7 @@ def schema() -> str:
 def _require(schema: dict[str, Any], values: dict[str, Any], definitions: dict[str, Any]) -> None:
     """Have a null refused, by which Helm takes a default away: sections, and all plain values.
 
-    Lists and what is as in Kubernetes may go.
+    Lists that may be empty and what is as in Kubernetes may go.
     """
     schema["required"] = []
     for name, value in values.items():
@@ -96,7 +96,7 @@ def _require(schema: dict[str, Any], values: dict[str, Any], definitions: dict[s
             part = definitions["monitor"]
         if part.get("type") == "object" and "properties" in part:
             _require(part, value, definitions)
-        elif isinstance(value, (dict, list)):
+        elif isinstance(value, (dict, list)) and not part.get("minItems"):
             continue
         schema["required"].append(name)
 

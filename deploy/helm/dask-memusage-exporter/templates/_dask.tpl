@@ -65,6 +65,25 @@
 {{/* Where Dask finds our file, last among its places: DASK_CONFIG. */}}
 {{- define "memusage.configPath" -}}/etc/dask-memusage{{- end -}}
 
+{{/* Whether OpenTelemetry is asked for, by schedulers or workers: "true", or nothing. */}}
+{{- define "memusage.telemetry" -}}
+{{- $given := default list .Values.config.environment -}}
+{{- if ne .Values.cluster.kind "none" -}}
+{{- $given = concat $given (default list .Values.cluster.scheduler.environment) (default list .Values.cluster.worker.environment) -}}
+{{- end -}}
+{{- $names := list -}}
+{{- range $given -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- if regexMatch "(^|,)OTEL_" (join "," $names) -}}true{{- end -}}
+{{- end -}}
+
+{{/* What pip installs: by default the package that rules and dashboards here are of. */}}
+{{- define "memusage.requirement" -}}
+{{- $extra := ternary "[otlp]" "" (eq (include "memusage.telemetry" .) "true") -}}
+{{- default (printf "dask-memusage-exporter%s==%s" $extra .Chart.AppVersion) .Values.package.requirement -}}
+{{- end -}}
+
 {{/* The init container that installs the package. Needs the volumes `dask-memusage` and `tmp`. */}}
 {{- define "memusage.installer" -}}
 name: install-dask-memusage
@@ -91,7 +110,7 @@ args:
   {{- range .Values.package.pipArgs }}
   - {{ . | quote }}
   {{- end }}
-  - {{ .Values.package.requirement | quote }}
+  - {{ include "memusage.requirement" . | quote }}
 env:
   - {name: PACKAGES, value: {{ .Values.package.path | quote }}}
   - {name: HOME, value: /tmp}

@@ -15,13 +15,22 @@
 
 {{/* The cluster's name, also the value of the label dask_cluster. */}}
 {{- define "memusage.cluster" -}}
-{{- $fullname := include "memusage.fullname" . -}}
-{{- if and (eq .Values.cluster.kind "operator") .Values.cluster.operator.generation -}}
-{{- $suffix := printf "-%d" (int .Values.cluster.operator.generation) -}}
-{{- printf "%s%s" ($fullname | trunc (sub 53 (len $suffix) | int) | trimSuffix "-") $suffix -}}
-{{- else -}}
-{{- $fullname -}}
+{{- $generation := ternary .Values.cluster.operator.generation 0 (eq .Values.cluster.kind "operator") -}}
+{{- include "memusage.generation" (dict "root" . "number" (int $generation)) -}}
 {{- end -}}
+
+{{/*
+The name of a generation of it. Where it would be too long the end gives way to a hash of it, for names
+of two releases may differ in their ends alone. Arguments: root, number.
+*/}}
+{{- define "memusage.generation" -}}
+{{- $fullname := include "memusage.fullname" .root -}}
+{{- $suffix := ternary (printf "-%d" .number) "" (gt .number 0) -}}
+{{- if gt (len (print $fullname $suffix)) 53 -}}
+{{- $suffix = printf "-%s%s" ($fullname | sha256sum | trunc 6) $suffix -}}
+{{- $fullname = $fullname | trunc (sub 53 (len $suffix) | int) | trimSuffix "-" -}}
+{{- end -}}
+{{- print $fullname $suffix -}}
 {{- end -}}
 
 {{/* As JSON. */}}
@@ -35,13 +44,15 @@
 
 {{/*
 Labels, each key once: who sets one that is there already has the last word, but for those that select.
-Arguments: root; more, a dict that may be nothing.
+Arguments: root; more, a dict that may be nothing; pod, whether they are of a Deployment's pods. Those do
+not name the chart's version: a new chart that changes nothing else of them leaves the cluster running.
 */}}
 {{- define "memusage.labelsWith" -}}
-{{- $labels := dict
-      "app.kubernetes.io/version" .root.Chart.AppVersion
-      "app.kubernetes.io/managed-by" .root.Release.Service
-      "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_") -}}
+{{- $labels := dict "app.kubernetes.io/managed-by" .root.Release.Service -}}
+{{- if not .pod -}}
+{{- $_ := set $labels "app.kubernetes.io/version" .root.Chart.AppVersion -}}
+{{- $_ := set $labels "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_") -}}
+{{- end -}}
 {{- $selected := include "memusage.selectorLabels" .root | fromJson -}}
 {{- mergeOverwrite $labels (default dict .root.Values.commonLabels) (default dict .more) $selected | toYaml -}}
 {{- end -}}

@@ -21,7 +21,7 @@ prometheus.io/path: {{ $own.path }}
 {{- define "memusage.podLabels" -}}
 {{- $own := default dict (index .root.Values.cluster .role).podLabels | deepCopy -}}
 {{- $ours := dict "app.kubernetes.io/component" .role "dask_cluster" (include "memusage.cluster" .root) -}}
-{{- include "memusage.labelsWith" (dict "root" .root "more" (mergeOverwrite $own $ours)) -}}
+{{- include "memusage.labelsWith" (dict "root" .root "more" (mergeOverwrite $own $ours) "pod" true) -}}
 {{- end -}}
 
 {{/* Arguments further: scrape, annotations as YAML. */}}
@@ -92,8 +92,8 @@ prometheus.io/path: {{ $own.path }}
 - {name: DASK_SCHEDULER_ADDRESS, value: "tcp://{{ include "memusage.cluster" .root }}-scheduler.{{ .root.Release.Namespace }}.svc:8786"}
 {{- end }}
 {{- end }}
-{{- if include "memusage.wantsResource" .root }}
-# What OpenTelemetry cannot find out itself: there is no token to ask with.
+{{- if include "memusage.telemetry" .root }}
+# What OpenTelemetry cannot find out itself: there is no token to ask with. One that is given wins.
 - name: K8S_NODE_NAME
   valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
 - {name: OTEL_RESOURCE_ATTRIBUTES, value: "k8s.namespace.name={{ .root.Release.Namespace }},k8s.node.name=$(K8S_NODE_NAME)"}
@@ -106,14 +106,6 @@ prometheus.io/path: {{ $own.path }}
 {{- end }}
 {{- end -}}
 
-{{/* Whether OpenTelemetry is asked for, and its resource is left to us: "true", or nothing. */}}
-{{- define "memusage.wantsResource" -}}
-{{- $names := list -}}
-{{- range .Values.config.environment -}}
-{{- $names = append $names .name -}}
-{{- end -}}
-{{- if and (contains "OTEL_" (join "," $names)) (not (has "OTEL_RESOURCE_ATTRIBUTES" $names)) -}}true{{- end -}}
-{{- end -}}
 
 {{- define "memusage.probe" -}}
 {{- mergeOverwrite (dict "httpGet" (dict "path" "/health" "port" "http-dashboard")) . | toYaml -}}
@@ -188,7 +180,7 @@ volumes:
   - name: scratch
     emptyDir: {sizeLimit: {{ $own.scratchSize }}}
   - name: tmp
-    emptyDir: {sizeLimit: 256Mi}
+    emptyDir: {sizeLimit: {{ $own.scratchSize }}}
   {{- if $values.package.install }}
   - name: dask-memusage
     emptyDir: {sizeLimit: {{ $values.package.sizeLimit }}}

@@ -1,6 +1,6 @@
 {{/*
-What others' charts and resources need, as the notes and docs/kubernetes.md show it. Arguments: root,
-role.
+What others' charts and resources need, as the notes and docs/kubernetes.md show it. Their pods start
+without the ConfigMap too: where this chart is gone, or was never installed. Arguments: root, role.
 */}}
 
 {{/* For a pod's specification. */}}
@@ -13,7 +13,7 @@ initContainers:
     {{- include "memusage.installerBody" .root | nindent 4 }}
 {{ end -}}
 volumes:
-  - {name: dask-memusage-config, configMap: {name: {{ include "memusage.configMap" .root }}}}
+  - {name: dask-memusage-config, configMap: {name: {{ include "memusage.configMap" .root }}, optional: true}}
   {{- if $values.package.install }}
   - {name: dask-memusage, emptyDir: {sizeLimit: {{ $values.package.sizeLimit }}}}
   - {name: tmp, emptyDir: {}}
@@ -55,7 +55,7 @@ volumeMounts:
 scheduler:
   env:  # nothing can be mounted there
     {{- if .Values.package.install }}
-    - {name: EXTRA_PIP_PACKAGES, value: {{ append .Values.package.pipArgs .Values.package.requirement | join " " | quote }}}
+    - {name: EXTRA_PIP_PACKAGES, value: {{ append .Values.package.pipArgs (include "memusage.requirement" .) | join " " | quote }}}
     {{- end }}
     {{- range include "memusage.daskEnvironment" . | fromJsonArray }}
     - {{ toJson . }}
@@ -63,7 +63,7 @@ scheduler:
 worker:
   env:
     {{- if .Values.package.install }}
-    - {name: EXTRA_PIP_PACKAGES, value: {{ append .Values.package.pipArgs .Values.package.requirement | join " " | quote }}}
+    - {name: EXTRA_PIP_PACKAGES, value: {{ append .Values.package.pipArgs (include "memusage.requirement" .) | join " " | quote }}}
     {{- end }}
     - {name: DASK_CONFIG, value: {{ include "memusage.configPath" . }}}
     {{- with .Values.config.environment }}
@@ -71,7 +71,7 @@ worker:
     {{- end }}
   mounts:
     volumes:
-      - {name: dask-memusage-config, configMap: {name: {{ include "memusage.configMap" . }}}}
+      - {name: dask-memusage-config, configMap: {name: {{ include "memusage.configMap" . }}, optional: true}}
       {{- if include "memusage.flight" . }}
       - {name: dask-memusage-flight, emptyDir: {sizeLimit: 16Mi}}
       {{- end }}
