@@ -71,7 +71,7 @@ class _Death:
         self.processing = processing
         state = home.state
         said = {} if state is None else state.metrics.get("memusage") or {}
-        self.running = [flight.Flying(*one) for one in said.get("running", ())]
+        self.running = [flight.Flying.of(one) for one in said.get("running", ())]
         self.time = time.time()
         #: Seconds since the last heartbeat.
         self.silence = 0.0 if state is None else max(0.0, self.time - state.last_seen)
@@ -382,5 +382,6 @@ class Deaths:
 
 
 def _wreck(raw: Sequence[Any]) -> flight.Wreck:
-    process, tasks, *rest = raw
-    return flight.Wreck(process, [flight.Flying(*task) for task in tasks], *rest)
+    """Return what has travelled, perhaps from a newer version."""
+    process, tasks, *rest = raw[: len(flight.Wreck._fields)]
+    return flight.Wreck(process, [flight.Flying.of(task) for task in tasks], *rest)

@@ -136,10 +136,14 @@ class Executions:
         if bare is not None and bare is not bracket and bare.span is not None:
             bare.span.drop()
         self._reporter.ends(key)
-        if bracket is None or before is None:
-            if finish == "memory" and before is None:
+        if before is None:
+            if bracket is None and finish == "memory":
                 self._traffic.arrive(key)  # came over while it was wanted here
-            elif finish == "memory":
+            elif bracket is not None and bracket.span is not None:
+                bracket.span.drop()  # it ran here, and measuring ended and began again meanwhile
+            return
+        if bracket is None:
+            if finish == "memory":
                 measuring.health.drop("invalid")
                 if not self.told and self.seam_fault is None:
                     self.do_without_threads("a task ended and none has ever been told of")

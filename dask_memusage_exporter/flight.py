@@ -31,6 +31,7 @@ import struct
 import tempfile
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +76,11 @@ class Flying(NamedTuple):
     concurrency: int
     #: See :func:`digest_of`: other keys may have the same text.
     digest: bytes = b""
+
+    @classmethod
+    def of(cls, raw: Sequence[Any]) -> Flying:
+        """Return one that has travelled; fields that only a newer version has are left out."""
+        return cls(*raw[: len(cls._fields)])
 
 
 class Wreck(NamedTuple):

@@ -103,7 +103,8 @@ class Hooks:
     def _take_off(self, thread: int) -> None:
         """Take off what has ended on this thread without a word: an actor's method that raised."""
         bracket, measuring, is_task = self._by_thread.pop(thread)
-        measuring.tracker.abandon(bracket)
+        with measuring.health.guard("start"):
+            measuring.tracker.abandon(bracket)
         self._spans.take_off(bracket, is_task, measuring.health)
 
     def on_stop(self, thread: int, key: Key) -> None:

@@ -57,7 +57,7 @@ def live(scheduler: Scheduler) -> list[dict[str, Any]]:
     workers = []
     for state in list(scheduler.workers.values()):
         said = state.metrics.get("memusage") or {}
-        tasks = [flight.Flying(*one) for one in said.get("running", ())]
+        tasks = [flight.Flying.of(one) for one in said.get("running", ())]
         workers.append(
             {
                 "worker": state.address,

@@ -188,6 +188,8 @@ class _Lent(dict[str, str]):
     def __iter__(self) -> Iterator[str]:
         # By this, and only by it, os.environ.update() reads a mapping.
         _lend(self._ours)
+        # Private, for no public name has what ends with the nanny; what comes of it is tested in
+        # tests/test_jemalloc_on.py.
         self._nanny._ongoing_background_tasks.call_soon(self._give_back)
         return super().__iter__()
 

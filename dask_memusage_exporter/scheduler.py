@@ -68,7 +68,7 @@ class MemusageSchedulerPlugin(SchedulerPlugin):
 def prepare(
     scheduler: Scheduler, csv_path: str | os.PathLike[str] | None, *, tolerant: bool = False
 ) -> SchedulerAgent:
-    """Set measuring up on a scheduler, or add a CSV; :meth:`SchedulerAgent.push` begins.
+    """Set measuring up on a scheduler, or add a CSV; :meth:`SchedulerAgent.begin` begins.
 
     Parameters
     ----------

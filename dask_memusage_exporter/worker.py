@@ -175,7 +175,10 @@ class WorkerAgent:
 
     def identity(self) -> dict[str, str]:
         """Return what identifies the worker: attributes of OpenTelemetry's."""
-        address = getattr(self.worker, "_address", None) or ""
+        try:
+            address = self.worker.address
+        except ValueError:  # it does not listen yet
+            address = ""
         if address.startswith("inproc:"):
             return providers.identity("worker")  # one of several in its process, for all we know
         return providers.identity("worker", name=str(self.worker.name), address=address)

@@ -81,6 +81,9 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 def test_default_run_finds_the_large_file(surroundings: dict[str, Any]) -> None:
     """The one file of 25 MiB needs hundreds of MiB, the small ones next to nothing."""
     surroundings["env"] |= {
+        # What a real cluster is configured by on this machine is left out.
+        "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "true",
+        "DASK_DISTRIBUTED__COMM__DEFAULT_SCHEME": "tls",
         "DASK_MEMUSAGE__CSV__COLUMNS": "full",
         "DASK_MEMUSAGE__CSV__PATH": str(surroundings["cwd"] / "production.csv"),
     }
@@ -186,11 +189,11 @@ def test_tasks_that_overlap(
         assert ("/no/such/libjemalloc.so.2: there is no such file" in text) == (" " in source)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_serve_stays_up_for_a_scrape(
     surroundings: dict[str, Any], folder: Path, number: signal.Signals
 ) -> None:
-    """/metrics has the tasks until Ctrl-C or SIGTERM, then the demo ends with 0."""
+    """/metrics has the tasks until Ctrl-C, SIGTERM or the terminal's end; then it ends with 0."""
     process = start("--input", str(folder), "--serve", "--json", **surroundings)
     assert process.stdout is not None
     text = ""
@@ -207,10 +210,10 @@ def test_serve_stays_up_for_a_scrape(
     assert Metrics.read(scheduler).total(name) == len(workers) == 2
     assert counted(workers, "calculate_top_10") == report["input"]["files"]
 
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # a terminal sends it to the workers too
-    else:
+    if number == signal.SIGTERM:
         process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)  # a terminal sends it to the workers too
     rest, notes = process.communicate(timeout=60)
     assert process.returncode == 0
     assert rest == ""
@@ -282,6 +285,34 @@ def test_wrong_setting_is_one_line(tmp_path: Path) -> None:
     """A wrong setting of Dask's configuration is told as any wrong call."""
     environment = {**os.environ, "DASK_MEMUSAGE__CSV__COLUMNS": "three"}
     _one_line(demo(cwd=tmp_path, env=environment), "memusage.csv.columns: 'three' is not one of")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo", "--workers", "1", "--input", "texts"], ["doctor"], ["dashboards", "--out", "o"]],
+)
+def test_full_disk_is_one_line(surroundings: dict[str, Any], arguments: list[str]) -> None:
+    """Where a verb's output cannot be written, one line says so; its files are there."""
+    (surroundings["cwd"] / "texts").mkdir()
+    (surroundings["cwd"] / "texts" / "words.txt").write_bytes(LINE)
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "dask", "memusage", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+            **surroundings,
+        )
+    assert run.returncode == 2, run
+    assert "Traceback" not in run.stderr
+    line = run.stderr.splitlines()[-1]
+    assert line.startswith("Error: standard output cannot be written (No space left on device)")
+    if arguments[0] == "demo":
+        assert len(rows(surroundings["cwd"] / "memusage.csv")) == 1
+    if arguments[0] == "dashboards":
+        assert (surroundings["cwd"] / "o" / "prometheus.yml").exists()
 
 
 def test_unknown_verb_is_one_line() -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from distributed import LocalCluster
 
 from dask_memusage_exporter import install, nanny
-from dask_memusage_exporter.cli import examination
+from dask_memusage_exporter.cli import examination, probe
+from dask_memusage_exporter.cli.advice import of_cluster
 from dask_memusage_exporter.cli.command import InputError
 from tests.conftest import page, run_cli, wait_until
 from tests.servers import Servers, free_port
@@ -127,10 +131,57 @@ def test_a_cluster_on_jemalloc(make_cluster: Callable[..., LocalCluster]) -> Non
 
 
 def test_a_cluster_that_is_not_measured(make_cluster: Callable[..., LocalCluster]) -> None:
-    """It says how to begin."""
-    found = doctor("--scheduler", make_cluster().scheduler_address, code=1)
+    """It says how to begin, and not that the scheduler's page has anything."""
+    address = make_cluster().scheduler_address
+    found = doctor("--scheduler", address, code=1)
     assert found["cluster"]["sources"] == {"missing": 1}
     assert "call dask_memusage_exporter.install(client)" in advice(found)
+    text = run_cli("memusage", "doctor", "--scheduler", address).stdout
+    assert "Cluster " in text
+    assert "The scheduler's own /metrics" not in text
+
+
+def test_a_worker_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, make_cluster: Callable[..., LocalCluster]
+) -> None:
+    """One that is stopped, or whose task holds the GIL, is shown by its last heartbeat, in time."""
+    monkeypatch.setattr(examination, "ANSWER_TIMEOUT", 2)
+    cluster = make_cluster(n_workers=2)
+    install(cluster)
+    states = cluster.scheduler.workers
+    wait_until(lambda: all("memusage" in state.metrics for state in states.values()))
+    stopped, other = states
+    pid = states[stopped].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        found = examination.ask(cluster.scheduler_address)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    silent, lively = found.workers[stopped], found.workers[other]
+    assert not silent["answered"]
+    assert lively["answered"]
+    assert lively["why"].startswith("exact: ")
+    for known in ("source", "package", "threads", "nanny"):
+        assert silent[known] == lively[known]
+    assert silent["metrics_port"] == states[stopped].services["dashboard"]
+    (one,) = of_cluster(found)
+    assert one.text.startswith("no answer: ")
+    assert one.workers == (stopped,)
+    assert not one.wrong
+
+
+def test_a_copy_of_the_package_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It measures, though nothing is installed by its name: it is not told to be."""
+    monkeypatch.setattr("importlib.metadata.version", _is_not_there)
+    worker: Any = SimpleNamespace(
+        metrics={"memusage": lambda _: {"source": "kernel", "version": "0+unknown"}}, extensions={}
+    )
+    assert probe.worker(worker)["package"] == "0+unknown"
+    assert probe.worker(SimpleNamespace(metrics={}, extensions={}))["package"] is None
+
+
+def _is_not_there(name: str) -> str:
+    raise PackageNotFoundError(name)
 
 
 def test_a_preload_that_is_hidden(servers: Servers) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from dask_memusage_exporter import flight
+from dask_memusage_exporter import deaths, flight
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.ends
 
 HOLDER = """
 import sys, time
-from dask_memusage_exporter import flight
+from dask_memusage_exporter import deaths, flight
 process = {"incarnation": "i", "scheduler_id": "S", "worker": "w"}
 file = flight.FlightFile(sys.argv[1], process)
 key = ("x", 1)
@@ -180,3 +180,12 @@ def test_kills_of_another_cgroup_are_not_its_own(
     monkeypatch.setattr(flight, "cgroup", lambda: cgroup)
     (wreck,) = flight.salvage(str(tmp_path), "S")
     assert wreck.oom_kills == kills
+
+
+def test_what_a_newer_version_tells() -> None:
+    """Workers and nannies may be newer than their scheduler: what it does not know is left out."""
+    flying = flight.Flying("x", 1.0, 2, 3, 4.0, 5, b"digest")
+    assert flight.Flying.of([*flying, "more"]) == flying
+    assert flight.Flying.of(list(flying[:-1])) == flying._replace(digest=b"")
+    wreck = flight.Wreck({"incarnation": "i"}, [flying], 1, 0, None, 2.0)
+    assert deaths._wreck([wreck[0], [[*flying, "more"]], *wreck[2:], "more"]) == wreck

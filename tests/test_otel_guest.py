@@ -16,6 +16,7 @@ from dask_memusage_exporter import install, process
 from tests import applications, tasks, tasks_spans
 from tests.conftest import Measured, Records, cluster_total, local_cluster, wait_until
 from tests.receivers import Received, receiver
+from tests.tasks import Gate
 from tests.test_otel_spans import ERROR, one_span, spanned
 
 
@@ -167,7 +168,7 @@ def test_a_filter_keeps_who_submitted_others() -> None:
 
 
 def test_an_applications_processors_hear_the_end_of_spans_that_are_left_out(
-    received: Received,
+    received: Received, go: Gate, stop: Gate
 ) -> None:
     """As of spans that are not sampled, with what was measured; no exporter takes them."""
     with guest(received, {"memusage.spans.keep.peak": "1TiB"}) as cluster:
@@ -188,6 +189,19 @@ def test_an_applications_processors_hear_the_end_of_spans_that_are_left_out(
         assert [sampled for name, sampled, _ in ended if name == "failing"] == [True]
         one_span(received, "failing")
         assert not received.spans("small")
+
+        # So does one whose task runs on when measuring ends, whether or not it begins again.
+        for gate, again in ((go, False), (stop, True)):
+            future = client.submit(tasks.wait_for, gate.path, key=f"across-{again}")
+            wait_until(lambda gate=gate: gate.reached)
+            client.run(lambda dask_worker: dask_worker.extensions["memusage"].deactivate())
+            if again:
+                install(cluster.cluster)
+            gate.open()
+            future.result()
+            wait_until(lambda: not next(iter(client.run(applications.heard).values()))[0])
+            install(cluster.cluster)
+        assert not received.spans("across")
 
 
 def test_a_span_ends_though_its_task_could_not_be_measured(received: Received) -> None:

@@ -95,6 +95,13 @@ def of_cluster(cluster: Cluster) -> Iterator[Advice]:
 
 
 def _of_worker(one: Mapping[str, Any], *, measures: bool) -> Iterator[Advice]:
+    if not one["answered"]:
+        yield Advice(
+            "no answer: a task there may hold the GIL, or the process be stopped. What is shown is "
+            "from the last heartbeat; ask again.",
+            wrong=one["source"] == "missing",
+        )
+        return
     if one["package"] is None:
         yield Advice("not measured; install dask-memusage-exporter there.")
     elif one["source"] == "missing":
@@ -134,7 +141,9 @@ def _of_jemalloc(one: Mapping[str, Any]) -> Iterator[Advice]:
 def _of_scrapes(cluster: Cluster) -> Iterator[Advice]:
     """Name the workers that nobody scrapes where others are; where none is, nobody wants to."""
     measured = {
-        address: one for address, one in cluster.workers.items() if one["source"] != "missing"
+        address: one
+        for address, one in cluster.workers.items()
+        if one["answered"] and one["source"] != "missing"
     }
     unread = {address: one for address, one in measured.items() if one["scraped"] is None}
     if not unread or len(unread) == len(measured):

@@ -1,7 +1,13 @@
-"""How all verbs speak of a wrong call: one line that says the mend, exit status 2."""
+"""How all verbs speak: results, and one line that says the mend where the call is wrong (status 2).
+
+Covers: standard output that takes no more, too, such as a full disk.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from typing import Any
 
 import click
@@ -55,6 +61,28 @@ class Verbs(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             raise _one_line(error, "dask memusage --help") from None
+
+
+def say(result: object) -> None:
+    """Print a result.
+
+    Raises
+    ------
+    InputError
+        Standard output cannot be written.
+    """
+    try:
+        click.echo(result)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # who reads has read enough: click ends without a word
+            raise
+        # What has not gone would be tried once more at the interpreter's end, and fail loudly.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise InputError(
+            f"standard output cannot be written ({error.strerror}); send it to where there is room"
+        ) from None
 
 
 def _one_line(error: click.UsageError, where: str) -> InputError:

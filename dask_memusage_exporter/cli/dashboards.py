@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from dask_memusage_exporter import monitoring
-from dask_memusage_exporter.cli.command import InputError, Verb
+from dask_memusage_exporter.cli.command import InputError, Verb, say
 from dask_memusage_exporter.cli.tables import plural
 
 
-@click.command(cls=Verb)
+@click.command(cls=Verb, short_help="Write dashboards, alerting rules and runbooks.")
 @click.option(
     "--out", "directory", metavar="DIR", required=True, help="Write here; made if it is not there."
 )
@@ -70,8 +70,7 @@ def dashboards(
             f"cannot write {error.filename or directory}: {error.strerror}; choose another --out"
         ) from None
     # Only then: whoever reads this may stop to, as `| head` does.
-    for name in made:
-        click.echo(out / name)
+    say("\n".join(str(out / name) for name in made))
     click.echo(f"{plural(len(made), 'file')}; --help tells where each goes.", err=True)
 
 

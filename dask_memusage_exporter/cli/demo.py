@@ -19,7 +19,7 @@ from typing import NoReturn
 import click
 
 from dask_memusage_exporter.cli import report, texts
-from dask_memusage_exporter.cli.command import InputError, Verb
+from dask_memusage_exporter.cli.command import InputError, Verb, say
 from dask_memusage_exporter.cli.local import measured_cluster
 from dask_memusage_exporter.config import ConfigError, Settings
 
@@ -122,7 +122,7 @@ def demo(
                 serves=serve,
                 no_jemalloc=cluster.no_jemalloc,
             )
-            click.echo(report.as_json(result) if as_json else report.as_text(result))
+            say(report.as_json(result) if as_json else report.as_text(result))
             if serve:
                 _serve()
 
@@ -151,7 +151,7 @@ class _Signalled(SystemExit):
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM unwind the main thread, so that everything is closed and removed."""
+    """Let signals that end us unwind the main thread, so that everything is closed and removed."""
     ends = False
 
     def end(number: int, _: FrameType | None) -> NoReturn:
@@ -164,7 +164,10 @@ def _signals_raise() -> Iterator[None]:
             os.write(2, b"\nEnding ...\n")  # and no stream: one may be in use just now
         raise _Signalled(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ import click
 
 from dask_memusage_exporter import __version__
 from dask_memusage_exporter.cli.advice import Advice, of_cluster, of_machine
-from dask_memusage_exporter.cli.command import Verb
+from dask_memusage_exporter.cli.command import Verb, say
 from dask_memusage_exporter.cli.examination import Cluster, Machine, ask, examine
 from dask_memusage_exporter.cli.tables import UNKNOWN, WIDTH, plural, table
 from dask_memusage_exporter.config import ConfigError, Settings
@@ -28,7 +28,7 @@ from dask_memusage_exporter.config import ConfigError, Settings
 _NAMED = 3
 
 
-@click.command(cls=Verb)
+@click.command(cls=Verb, short_help="Tell how memory is measured, and what would be better.")
 @click.option(
     "--scheduler", "address", metavar="ADDRESS", help="Ask this cluster too; tcp://HOST:PORT."
 )
@@ -51,9 +51,9 @@ def doctor(*, address: str | None, as_json: bool) -> None:
         cluster = ask(address)
         advice += of_cluster(cluster)
     if as_json:
-        click.echo(json.dumps(_document(machine, cluster, advice), indent=2))
+        say(json.dumps(_document(machine, cluster, advice), indent=2))
     else:
-        click.echo("\n".join(_text(machine, cluster, advice)))
+        say("\n".join(_text(machine, cluster, advice)))
     if any(one.wrong for one in advice):
         raise click.exceptions.Exit(1)
 
@@ -86,10 +86,11 @@ def _text(machine: Machine, cluster: Cluster | None, advice: Sequence[Advice]) -
         head = ("worker", "name", "threads", "source", "version", "/metrics")
         yield from ("  " + line for line in table(head, rows, "<<><<>"))
         yield from _whys(cluster.workers)
-        yield (
-            "  The scheduler's own /metrics, at port "
-            f"{cluster.scheduler['metrics_port'] or UNKNOWN}, has the whole cluster's tasks."
-        )
+        if cluster.scheduler["measures"]:
+            yield (
+                "  The scheduler's own /metrics, at port "
+                f"{cluster.scheduler['metrics_port'] or UNKNOWN}, has the whole cluster's tasks."
+            )
     yield ""
     if not advice:
         yield "Nothing to mend."

@@ -6,7 +6,7 @@ Covers: the facts, as plain as they come. What to make of them is ``advice``'s.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ from dask_memusage_exporter.cli import probe
 from dask_memusage_exporter.cli.command import InputError
 from dask_memusage_exporter.config import Settings
 
-#: Seconds to wait for a scheduler.
+#: Seconds to wait for a scheduler, and for each worker's answer; how many are asked at once.
 CONNECT_TIMEOUT = 5
+ANSWER_TIMEOUT = 10
+AT_ONCE = 100
 
 
 class Machine(NamedTuple):
@@ -79,16 +81,7 @@ def ask(address: str) -> Cluster:
     # By value: they may lack the package.
     cloudpickle.register_pickle_by_value(probe)
     try:
-        asyncio.run(_reach(address))
-        with Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False) as client:
-            workers = client.run(probe.worker, on_error="ignore")
-            # By name: of all, those without a nanny would be given the others' answers.
-            with_nanny = [worker for worker, one in workers.items() if one["nanny"]]
-            with suppress(KeyError):  # one has left meanwhile
-                nannies = client.run(probe.nanny, workers=with_nanny, nanny=True, on_error="ignore")
-                for worker, refusal in nannies.items():
-                    workers[worker]["refusal"] = refusal
-            return Cluster(address, client.run_on_scheduler(probe.scheduler), workers)
+        return asyncio.run(_ask(address))
     except (OSError, ValueError, TypeError, asyncio.TimeoutError) as error:
         raise InputError(
             f"--scheduler: {address!r} cannot be reached ({error}); give the address that the "
@@ -96,6 +89,43 @@ def ask(address: str) -> Cluster:
         ) from None
     finally:
         cloudpickle.unregister_pickle_by_value(probe)
+
+
+async def _ask(address: str) -> Cluster:
+    await _reach(address)
+    async with Client(
+        address, timeout=CONNECT_TIMEOUT, set_as_default=False, asynchronous=True
+    ) as client:
+        scheduler = await client.run_on_scheduler(probe.scheduler)
+        workers = scheduler.pop("workers")
+        for worker, answer in (await _answers(client, probe.worker, workers)).items():
+            workers[worker].update(answer)
+        with_nanny = [worker for worker, one in workers.items() if one["nanny"]]
+        for worker, refusal in (
+            await _answers(client, probe.nanny, with_nanny, nanny=True)
+        ).items():
+            workers[worker]["refusal"] = refusal
+        return Cluster(address, scheduler, workers)
+
+
+async def _answers(
+    client: Client, function: Callable[..., Any], workers: Iterable[str], **options: bool
+) -> dict[str, Any]:
+    """Run a function on each of these workers; return what those say that answer in time.
+
+    One that is stopped, or whose task holds the GIL, answers nobody, and must not hold up the rest.
+    """
+    answers: dict[str, Any] = {}
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def ask_one(worker: str) -> None:
+        async with turn:
+            asked = client.run(function, workers=[worker], on_error="ignore", **options)
+            with suppress(Exception):  # no answer, or it has left meanwhile
+                answers.update(await asyncio.wait_for(asked, ANSWER_TIMEOUT))
+
+    await asyncio.gather(*map(ask_one, workers))
+    return answers
 
 
 async def _reach(address: str) -> None:

@@ -48,6 +48,9 @@ _CONFIG: dict[str, Any] = {
     # What preloads do for a real cluster has no place here.
     "distributed.scheduler.preload": [],
     "distributed.nanny.preload": [],
+    # Nor its certificates: what is sent stays on this machine.
+    "distributed.comm.require-encryption": False,
+    "distributed.comm.default-scheme": "tcp",
     # A task that kills its worker should not take those with it that only wait there.
     "distributed.scheduler.worker-saturation": 1.0,
 }
@@ -222,14 +225,14 @@ def measured_cluster(
 
 
 def _start_workers(cluster: LocalCluster, workers: int) -> None:
-    """Start the processes, deaf to Ctrl-C.
+    """Start the processes, deaf to what a terminal sends: Ctrl-C, and that it is closed.
 
-    A terminal sends Ctrl-C to them too, and they would die of it with a traceback each. That a
+    It sends that to them too, and they would die of it, of Ctrl-C with a traceback each. That a
     signal is ignored is inherited, so it is ignored here for the tenth of a second that it takes
     until all are there; from then on only we hear it, and end them as it is due. Those that Dask
     starts anew are told by ``wordcount.dask_setup``.
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {one: signal.signal(one, signal.SIG_IGN) for one in wordcount.FROM_TERMINALS}
     try:
         cluster.scale(workers)
         end = time.monotonic() + START_TIMEOUT
@@ -238,7 +241,8 @@ def _start_workers(cluster: LocalCluster, workers: int) -> None:
                 raise DaskTimeoutError
             time.sleep(0.01)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @contextmanager

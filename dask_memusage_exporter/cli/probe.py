@@ -11,30 +11,30 @@ from typing import Any
 
 def worker(dask_worker: Any) -> dict[str, Any]:
     """Return how a worker is measured, and what its process was started with."""
-    from importlib import metadata
-
-    try:
-        version = metadata.version("dask-memusage-exporter")
-    except metadata.PackageNotFoundError:
-        version = None
     told = dask_worker.metrics.get("memusage")
     said = told(dask_worker) if told is not None else {}
     agent = dask_worker.extensions.get("memusage")
     return {
-        "name": str(dask_worker.name),
-        "threads": dask_worker.state.nthreads,
-        "nanny": dask_worker.nanny is not None,
-        "package": version,
+        "answered": True,
+        # What measures says so itself: a copy on the path is no installed package.
+        "package": said.get("version") or installed(),
         "source": said.get("source", "missing"),
         "why": getattr(agent, "why", None),
         "environment": started_with(),
         "lower_cased": lower_cased(),
-        # Why its nanny could not turn jemalloc on; see `nanny` below.
-        "refusal": None,
-        "metrics_port": getattr(getattr(dask_worker, "http_server", None), "port", None),
         # Seconds since the epoch; None: never, or not known (not measured, an older version).
         "scraped": getattr(agent, "scraped", None),
     }
+
+
+def installed() -> str | None:
+    """Return the version of the package that is installed here; None: it is not."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("dask-memusage-exporter")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def nanny(dask_worker: Any) -> str | None:
@@ -65,18 +65,33 @@ def lower_cased() -> list[str]:
 
 
 def scheduler(dask_scheduler: Any) -> dict[str, Any]:
-    """Return whether a scheduler measures its cluster, and what it was told to load."""
-    from importlib import metadata
-
+    """Return whether a scheduler measures its cluster, what it was told to load, its workers."""
     import dask
 
-    try:
-        version = metadata.version("dask-memusage-exporter")
-    except metadata.PackageNotFoundError:
-        version = None
     return {
-        "package": version,
+        "package": installed(),
         "measures": "memusage" in dask_scheduler.extensions,
         "preload": [str(one) for one in dask.config.get("distributed.scheduler.preload", [])],
         "metrics_port": getattr(getattr(dask_scheduler, "http_server", None), "port", None),
+        "workers": {address: seen(state) for address, state in dask_scheduler.workers.items()},
+    }
+
+
+def seen(state: Any) -> dict[str, Any]:
+    """Return what a scheduler knows of a worker, by its last heartbeat; see `worker` for more."""
+    said = state.metrics.get("memusage") or {}
+    return {
+        "answered": False,
+        "name": str(state.name),
+        "threads": state.nthreads,
+        "nanny": state.nanny is not None,
+        "package": said.get("version"),
+        "source": said.get("source", "missing"),
+        "why": None,
+        "environment": {},
+        "lower_cased": [],
+        # Why its nanny could not turn jemalloc on; see `nanny`.
+        "refusal": None,
+        "metrics_port": state.services.get("dashboard"),
+        "scraped": None,
     }

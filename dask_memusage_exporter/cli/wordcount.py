@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 from collections import Counter
 
+#: What a terminal sends to all processes that were started on it.
+FROM_TERMINALS = (signal.SIGINT, signal.SIGHUP)
+
 
 def calculate_top_10(path: str) -> list[tuple[str, int]]:
     """Return the 10 most frequent words of a text file and how often each occurs.
@@ -29,8 +32,9 @@ def calculate_top_10(path: str) -> list[tuple[str, int]]:
 
 
 def dask_setup(_: object) -> None:
-    """Leave Ctrl-C to the demo's main process; as a preload of the workers.
+    """Leave Ctrl-C, and a terminal's end, to the demo's main process; as a preload of the workers.
 
-    A terminal sends it to the workers too, which would die of it with a traceback each.
+    A terminal sends both to the workers too, which would die of it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for one in FROM_TERMINALS:
+        signal.signal(one, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """Whose number is it: from the evidence of one window to growth, scope and reason.
 
-The one place that decides what may be called a task's own. The rule is DESIGN's table of scopes;
-the first reason that applies is given.
+The one place that decides what may be called a task's own, by the rule that
+``docs/kinds-of-task.md`` tells; the first reason that applies is given.
 """
 
 from __future__ import annotations
