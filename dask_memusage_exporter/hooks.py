@@ -160,6 +160,8 @@ class Hooks:
                     measuring.shut(bracket)
                     if span is not None:
                         span.finish_call(self._worker.address, bracket.start, bracket.stop)
+            if span is not None:
+                span.drop()  # where it was not measured; an ended one stays as it is
 
     def on_actor_error(self, name: str | None, error: Any) -> None:
         """Hear what an actor's method has raised on a thread, where its bracket may still stand."""
