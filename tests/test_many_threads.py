@@ -108,7 +108,6 @@ def test_eight_at_once(many: Measured, go: Gate) -> None:
     ]
     executions = Path(go.path + ".executions")
     wait_until(lambda: executions.exists() and executions.stat().st_size == 8)
-    reached(go)
     go.open()
     many.client.gather(futures)
     for key, mib in zip(keys, sizes, strict=True):
