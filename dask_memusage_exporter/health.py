@@ -40,7 +40,7 @@ class Health:
         # Dask shows what is logged below its servers' own loggers, on screen and in
         # Client.get_worker_logs, and nothing of other names below warnings.
         self.logger = logging.getLogger(f"distributed.{server}.memusage")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may come in between, see Tracker
         self.errors = dict.fromkeys(STAGES, 0)
         #: Seconds spent.
         self.seconds = dict.fromkeys(STAGES, 0.0)

@@ -53,7 +53,7 @@ class Traffic:
         #: The connection to the scheduler, once it is known, and what has come on it.
         self._socket: Any = None
         self._received = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may come in between, see Tracker
         self._shuffles: dict[Any, int] = {}
         self._ended_shuffles = 0
 

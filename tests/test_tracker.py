@@ -418,3 +418,20 @@ def test_look_that_fails(tracker: Tracker) -> None:
     wait_until(lambda: tracker._children.changes > changes)
     assert tracker._sampler.thread.is_alive()
     assert task.end().reason == "polling"
+
+
+def test_a_finalizer_may_close_a_bracket_while_another_opens(tracker: Tracker) -> None:
+    """The garbage collector runs on any thread, whatever lock of ours that holds."""
+    coroutine = tracker.start(None, lambda: True)
+    assert coroutine is not None
+
+    def collected() -> bool:
+        return tracker.stop(coroutine) or True
+
+    one = tracker.start(None, collected)
+    other = tracker.start(None, lambda: True)  # asks whether the first one still runs
+    assert one is not None
+    assert other is not None
+    assert not tracker.stop(coroutine)
+    assert tracker.stop(one)
+    assert tracker.stop(other)

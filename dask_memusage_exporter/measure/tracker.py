@@ -75,7 +75,9 @@ class Tracker:
         self._clock = clock
         self._children = Children()
         self._open: list[Bracket] = []
-        self._lock = threading.Lock()
+        # A finalizer may come in between on the same thread, and close a bracket: of an actor's
+        # coroutine that is never finished, whenever the garbage collector gets to it.
+        self._lock = threading.RLock()
         self._disabled = False
         self._rss, self._mapped = source.read()[1:]
         #: Page faults when ``_mapped`` was read: while there are few more it has hardly risen.
@@ -363,7 +365,7 @@ class Tracker:
     def _forked(self) -> None:
         """Measure nothing in a forked child: its kept descriptors are about its parent."""
         self._disabled = True
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._open = []
         self._source.close()
         self._huge_pages.close()
