@@ -458,10 +458,16 @@ def script(text: str, **environment: str) -> str:
 
 def test_thread_ends_and_descriptors(many: Measured) -> None:
     """Thousands of tasks, on threads that come and go, leave no descriptor."""
-    before = many.client.run(_open_files)
+    (before,) = many.client.run(_open_files).values()
     for _ in range(5):
         many.client.gather(many.client.map(tasks.secede_only, range(200), pure=False))
-    assert many.client.run(_open_files) == before
+
+    def left() -> int:
+        (count,) = many.client.run(_open_files).values()
+        return count - before
+
+    # Some are open for a moment: what the sampler reads, a connection that comes or goes.
+    wait_until(lambda: left() <= 0, what="descriptors to be closed")
 
 
 def _open_files() -> int:
