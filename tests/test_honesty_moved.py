@@ -8,7 +8,7 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import wait
+from distributed import Future, wait
 
 from tests import tasks
 from tests.conftest import Measured, measured, wait_until
@@ -25,13 +25,20 @@ def pair() -> Iterator[Measured]:
         yield cluster
 
 
+def waits_while_held(pair: Measured, go: Gate, key: str, where: str) -> tuple[Future, Future]:
+    """Return a result of 200 MiB that a worker holds, and a task that waits on the first one."""
+    block = pair.client.submit(tasks.made, 200, key=key, workers=where)
+    wait(block)
+    here = addresses(pair)[0]
+    waiting = pair.client.submit(tasks.wait_for, go.path, key=f"waits-{key}", workers=here)
+    reached(go)
+    return block, waiting
+
+
 def test_arriving_transfer(pair: Measured, go: Gate) -> None:
     """A task that only waits while 200 MiB of another task's input arrive is not blamed."""
     here, there = addresses(pair)
-    block = pair.client.submit(tasks.made, 200, key="arriving", workers=there)
-    wait(block)
-    waiting = pair.client.submit(tasks.wait_for, go.path, key="waits-arriving", workers=here)
-    reached(go)
+    block, waiting = waits_while_held(pair, go, "arriving", there)
     needs = pair.client.submit(tasks.nothing, block, key="needs", workers=here)
     wait_until(lambda: len(pair.cluster.scheduler.tasks["arriving"].who_has) == 2)
     go.open()
@@ -46,10 +53,7 @@ def test_arriving_transfer(pair: Measured, go: Gate) -> None:
 def test_leaving_transfer(pair: Measured, go: Gate) -> None:
     """Nor where 200 MiB leave: what is sent may be copied for it."""
     here, there = addresses(pair)
-    block = pair.client.submit(tasks.made, 200, key="leaving", workers=here)
-    wait(block)
-    waiting = pair.client.submit(tasks.wait_for, go.path, key="waits-leaving", workers=here)
-    reached(go)
+    block, waiting = waits_while_held(pair, go, "leaving", here)
     wait(pair.client.submit(tasks.nothing, block, key="needs-leaving", workers=there))
     go.open()
     wait(waiting)
